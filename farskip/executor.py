@@ -1,0 +1,359 @@
+"""The executor: runs a schedule over the sub-blocks of a model. It owns the layer loop.
+
+    for instruction in schedule.forward:                 stream of instructions, one cursor
+        run(stage)      compute with the family's own sub-modules
+        launch(c)       start the collective, keep it in flight
+        wait(c)         take its result
+
+Attention is one call of the model's own module, but two stages: the module calls back between its projections and its
+core (the seam), and there the executor goes on with the list until the core's turn comes.
+
+The backward pass needs no code here: autograd runs, of the nodes that are ready, the one created last, so it follows
+`schedule.backward`. Observers can check that (`farskip.recorder`) and see it (`farskip.profiling`).
+
+What this file refuses: an attention that never reaches the seam. It knows no process group and no model family.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from farskip.async_autograd import Ended, InFlight, mark_backward
+from farskip.residual import GATE, MLP_NORM, ROWS, Residual, stream_uses
+from farskip.schedule import Do, Instruction, Schedule, Segment
+from farskip.simulator import StageTimes, choose_schedule
+from farskip.stage import Dispatcher, DispatchPlan, Routing, SubBlocks
+from farskip.stage_graph import (
+    ATTENTION_CORE,
+    ATTENTION_IN,
+    COMBINE,
+    DISPATCH,
+    EXPERTS,
+    MERGE,
+    ROUTE,
+    Key,
+    build_stage_graph,
+)
+from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, Source, Wiring
+
+Arguments = Sequence[Mapping[str, Any]]
+"""What each layer's attention is called with besides its input: masks, rotary embeddings, cache."""
+
+
+class Observer(Protocol):
+    """Told when an instruction begins; returns what to call when it has ended."""
+
+    def __call__(self, instruction: Instruction, direction: str) -> Ended:
+        """`direction` is ``forward`` or ``backward``."""
+        ...
+
+
+RoutingHook = Callable[[int, Routing, bool], Routing]
+"""Called with (layer, routing, whether this is a recomputation); what it returns is used."""
+
+
+class Executor:
+    """Runs the layers of one model under a wiring.
+
+    Args:
+        sub_blocks: one entry per layer.
+        wiring: what the sub-blocks leave out.
+        dispatcher: sends rows between ranks; None when all experts lie on this rank.
+        mode: ``serial`` or ``overlapped``.
+        times: stage times by which the overlapped schedule is chosen.
+
+    Raises:
+        ValueError: the wiring does not fit the model, or the mode is unknown.
+    """
+
+    def __init__(
+        self,
+        sub_blocks: Sequence[SubBlocks],
+        wiring: Wiring,
+        *,
+        dispatcher: Dispatcher | None = None,
+        mode: str = "overlapped",
+        times: StageTimes | None = None,
+    ) -> None:
+        self.sub_blocks = tuple(sub_blocks)
+        self.wiring = wiring
+        self.dispatcher = dispatcher
+        self.mode = mode
+        self.times = times
+        self.inputs = wiring.resolve([block.blocks for block in self.sub_blocks])
+        self.graph = build_stage_graph(self.inputs, expert_parallel=dispatcher is not None)
+        self.uses = stream_uses(self.inputs)
+        self.observers: list[Observer] = []
+        self.routing_hook: RoutingHook | None = None
+        self._schedules: dict[tuple[Segment, ...], Schedule] = {}
+        self.schedule()  # refuses an unknown mode now, not at the first batch
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.sub_blocks)
+
+    def schedule(self, segments: Sequence[Segment] | None = None) -> Schedule:
+        """The schedule for these segments; for the model in one piece if None. Chosen once, then kept."""
+        key = tuple(segments) if segments is not None else (Segment(0, self.num_layers),)
+        if key not in self._schedules:
+            self._schedules[key] = choose_schedule(self.graph, self.mode, segments=key, times=self.times)
+        return self._schedules[key]
+
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Use this schedule for its segments, for example the one that rank 0 has chosen."""
+        self._schedules[schedule.segments] = schedule
+
+    def run_segment(
+        self,
+        schedule: Schedule,
+        segment: Segment,
+        x_BSD: torch.Tensor,
+        n_BSD: torch.Tensor,
+        arguments: Arguments,
+        *,
+        recompute: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run one segment.
+
+        Args:
+            schedule: a schedule that has this segment.
+            segment: which layers.
+            x_BSD: full stream at the segment's entry.
+            n_BSD: the stream that leaves something out there; the same tensor where nothing is left out.
+            arguments: one mapping per layer of the model; those of the segment are read.
+            recompute: keep only the two streams, and run the segment again in backward.
+
+        Returns:
+            Both streams behind the segment, nothing in flight.
+        """
+        steps = schedule.of_segment(segment)
+        runs = 0
+
+        def run(x_BSD: torch.Tensor, n_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            nonlocal runs
+            runs += 1
+            return _SegmentRun(self, steps, segment, x_BSD, n_BSD, arguments, recomputing=runs > 1).run()
+
+        if not recompute:
+            return run(x_BSD, n_BSD)
+        # Without early stop the recomputation ends where the forward ended: every launch has met its wait.
+        with set_checkpoint_early_stop(False):
+            return checkpoint(run, x_BSD, n_BSD, use_reentrant=False)
+
+
+class _SegmentRun:
+    """The state of one pass over one segment: a cursor, the streams, and what is in flight."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        steps: tuple[Instruction, ...],
+        segment: Segment,
+        x_BSD: torch.Tensor,
+        n_BSD: torch.Tensor,
+        arguments: Arguments,
+        *,
+        recomputing: bool,
+    ) -> None:
+        self._executor = executor
+        self._steps = steps
+        self._position = 0
+        self._arguments = arguments
+        self._recomputing = recomputing
+        self._residual = Residual(
+            executor.inputs,
+            executor.uses,
+            segment.start,
+            segment.stop,
+            x_BSD,
+            n_BSD,
+            fixed_order=executor.graph.has_collectives,
+        )
+        self._routing: dict[int, Routing] = {}
+        self._plans: dict[int, DispatchPlan] = {}
+        self._rows: dict[Key, torch.Tensor] = {}
+        self._in_flight: dict[Key, InFlight] = {}
+        self._backward_ended: Ended | None = None
+        self._run: Mapping[str, Callable[[int], None]] = {
+            ATTENTION_IN: self._attention,
+            MLP: self._mlp,
+            ROUTE: self._route,
+            EXPERTS: self._experts,
+            SHARED: self._shared,
+            MERGE: self._merge,
+        }
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self._advance(until=None)
+        return self._residual.leave()
+
+    def _advance(self, until: Key | None) -> None:
+        """Execute instructions up to, not including, the run of `until`."""
+        while self._position < len(self._steps):
+            step = self._steps[self._position]
+            if step.do is Do.RUN and step.key == until:
+                return
+            self._position += 1
+            if step.do is Do.LAUNCH:
+                self._launch(step.key)
+            elif step.do is Do.WAIT:
+                self._wait(step.key)
+            else:
+                self._run[step.key.stage](step.key.layer)
+
+    # collectives
+
+    def _launch(self, key: Key) -> None:
+        plan = self._plans[key.layer]
+        collective = plan.collective if key.stage == DISPATCH else plan.collective.reverse()
+        in_flight = InFlight(collective, self._notify(key))
+        self._in_flight[key] = in_flight
+        self._rows[key] = in_flight.launch(self._rows.pop(key))
+
+    def _wait(self, key: Key) -> None:
+        self._rows[key] = self._in_flight.pop(key).wait(self._rows.pop(key))
+
+    # stages
+
+    def _attention(self, layer: int) -> None:
+        """Both stages of attention; between them, in the seam, whatever the list has there."""
+        block, core = self._executor.sub_blocks[layer], Key(layer, ATTENTION_CORE)
+        stream_BSD = self._residual.read(layer, self._executor.inputs[layer].source(ATTENTION), ATTENTION)
+        ended = self._begin(Key(layer, ATTENTION_IN))
+        reached_core: list[Ended] = []
+
+        def seam(*projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            projected = self._mark_outputs(Key(layer, ATTENTION_IN), *projected)
+            ended()
+            self._advance(until=core)
+            reached_core.append(self._begin(core))
+            return self._mark_inputs(core, *projected)
+
+        (stream_BSD,) = self._mark_inputs(Key(layer, ATTENTION_IN), stream_BSD)
+        output_BSD = block.attention(block.attention_norm(stream_BSD), seam, self._arguments[layer])
+        if len(reached_core) != 1:
+            raise RuntimeError(
+                f"layer {layer}: attention called the seam {len(reached_core)} times instead of once; its attention "
+                "implementation was changed after farskip was attached: set it before rewire or parallelize"
+            )
+        (output_BSD,) = self._mark_outputs(core, output_BSD)
+        reached_core[0]()
+        self._position += 1
+        self._residual.put(layer, ATTENTION, output_BSD)
+
+    def _mlp(self, layer: int) -> None:
+        self._simple(layer, MLP, MLP, self._executor.sub_blocks[layer].mlp)
+
+    def _shared(self, layer: int) -> None:
+        self._simple(layer, SHARED, SHARED, self._executor.sub_blocks[layer].shared)
+
+    def _simple(
+        self, layer: int, stage: str, block: str, compute: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """A sub-block that is one stage: normed stream in, output out."""
+        source = self._executor.inputs[layer].source(block)
+        ended = self._begin(Key(layer, stage))
+        (normed_BSD,) = self._normed(Key(layer, stage), source, block)
+        (output_BSD,) = self._mark_outputs(Key(layer, stage), compute(normed_BSD))
+        ended()
+        self._residual.put(layer, block, output_BSD)
+
+    def _normed(self, key: Key, source: Source, *uses: str) -> tuple[torch.Tensor, ...]:
+        """The normed MLP input, one alias per use. Whoever comes first does the norm, once per stream that is read."""
+        layer, first = key.layer, not self._residual.has_normed(key.layer, source)
+        if first:
+            (stream_BSD,) = self._mark_inputs(key, self._residual.read(layer, source, MLP_NORM))
+            self._residual.put_normed(layer, source, self._executor.sub_blocks[layer].mlp_norm(stream_BSD))
+        aliases = tuple(self._residual.read_normed(layer, source, use) for use in uses)
+        return aliases if first else self._mark_inputs(key, *aliases)
+
+    def _route(self, layer: int) -> None:
+        executor, key = self._executor, Key(layer, ROUTE)
+        source = executor.inputs[layer].source(ROUTED)
+        ended = self._begin(key)
+        for_gate_BSD, for_rows_BSD = self._normed(key, source, GATE, ROWS)
+        routing = executor.sub_blocks[layer].route(for_gate_BSD)
+        if executor.routing_hook is not None:
+            routing = executor.routing_hook(layer, routing, self._recomputing)
+        if executor.dispatcher is None:
+            rows, after = for_rows_BSD, Key(layer, EXPERTS)
+        else:
+            rows, self._plans[layer] = executor.dispatcher.prepare(for_rows_BSD, routing)
+            after = Key(layer, DISPATCH)
+        rows, weights_TK = self._mark_outputs(key, rows, routing.weights_TK)
+        self._rows[after] = rows
+        self._routing[layer] = Routing(
+            logits_TE=routing.logits_TE, weights_TK=weights_TK, experts_TK=routing.experts_TK
+        )
+        ended()
+
+    def _experts(self, layer: int) -> None:
+        key, block = Key(layer, EXPERTS), self._executor.sub_blocks[layer]
+        ended = self._begin(key)
+        if self._executor.dispatcher is None:
+            (normed_BSD,) = self._mark_inputs(key, self._rows.pop(key))
+            (output_BSD,) = self._mark_outputs(key, block.routed(normed_BSD, self._routing.pop(layer)))
+            self._residual.put(layer, ROUTED, output_BSD)
+        else:
+            (rows_RD,) = self._mark_inputs(key, self._rows.pop(Key(layer, DISPATCH)))
+            (rows_RD,) = self._mark_outputs(key, block.expert_rows(rows_RD, self._plans[layer].expert_R))
+            self._rows[Key(layer, COMBINE)] = rows_RD
+        ended()
+
+    def _merge(self, layer: int) -> None:
+        key = Key(layer, MERGE)
+        assert self._executor.dispatcher is not None
+        ended = self._begin(key)
+        (rows,) = self._mark_inputs(key, self._rows.pop(Key(layer, COMBINE)))
+        output_BSD = self._executor.dispatcher.merge(rows, self._routing.pop(layer), self._plans.pop(layer))
+        (output_BSD,) = self._mark_outputs(key, output_BSD)
+        ended()
+        self._residual.put(layer, ROUTED, output_BSD)
+
+    # observation: free when nobody looks
+
+    def _begin(self, key: Key, do: Do = Do.RUN, direction: str = "forward") -> Ended:
+        ends = [observe(Instruction(do, key), direction) for observe in self._executor.observers]
+
+        def end() -> None:
+            for ended in reversed(ends):
+                ended()
+
+        return end
+
+    def _notify(self, key: Key) -> Callable[[str, bool], Ended] | None:
+        if not self._executor.observers:
+            return None
+
+        def notify(do: str, backward: bool) -> Ended:
+            if backward:
+                self._end_backward()
+            return self._begin(key, Do(do), "backward" if backward else "forward")
+
+        return notify
+
+    def _mark_outputs(self, key: Key, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Backward enters a stage through its outputs."""
+        if not self._executor.observers:
+            return tensors
+
+        def begin() -> None:
+            self._end_backward()
+            self._backward_ended = self._begin(key, Do.RUN, "backward")
+
+        return mark_backward(begin, *tensors)
+
+    def _mark_inputs(self, key: Key, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Backward leaves a stage through its inputs."""
+        if not self._executor.observers:
+            return tensors
+        return mark_backward(self._end_backward, *tensors)
+
+    def _end_backward(self) -> None:
+        """Close the stage that backward is in. A stage whose input needs no gradient is closed by its successor."""
+        ended, self._backward_ended = self._backward_ended, None
+        if ended is not None:
+            ended()

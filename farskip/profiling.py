@@ -1,0 +1,90 @@
+"""Profiler ranges that carry the schedule's names, so that a trace can be compared with the plan line by line.
+
+    farskip::L003::dispatch::launch              layer, stage or collective, run | launch | wait
+    farskip::L003::dispatch::launch::backward    the same in the backward pass
+
+Everything is in the name: arguments of a range do not reach an exported trace.
+"""
+
+import gzip
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from farskip.async_autograd import Ended
+from farskip.executor import Executor
+from farskip.schedule import Instruction
+
+
+def range_name(instruction: Instruction, direction: str) -> str:
+    """Name of the profiler range of one instruction."""
+    suffix = "" if direction == "forward" else "::backward"
+    return f"farskip::L{instruction.key.layer:03d}::{instruction.key.stage}::{instruction.do}{suffix}"
+
+
+def profiler_ranges(instruction: Instruction, direction: str) -> Ended:
+    """An observer of the executor that opens a profiler range, and on CUDA an nvtx range, for every instruction."""
+    name = range_name(instruction, direction)
+    record: Any = torch.autograd.profiler.record_function(name)
+    record.__enter__()
+    if not torch.cuda.is_available():
+        return lambda: record.__exit__(None, None, None)
+    torch.cuda.nvtx.range_push(name)
+
+    def end() -> None:
+        torch.cuda.nvtx.range_pop()
+        record.__exit__(None, None, None)
+
+    return end
+
+
+class TraceSession:
+    """Profile a stretch of steps of one executor and write a Kineto trace.
+
+    Use as a context manager around the steps; call `step` after each one, so that the trace shows where steps end.
+
+    Args:
+        executor: whose instructions become ranges.
+        path: trace file, ``.json`` or ``.json.gz``.
+    """
+
+    def __init__(self, executor: Executor, path: Path) -> None:
+        self._executor = executor
+        self._path = path
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        # other threads too: the worker threads of gloo and of an emulated link are where transfers are seen
+        self._profiler = torch.profiler.profile(
+            activities=activities,
+            experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True),
+        )
+
+    def __enter__(self) -> "TraceSession":
+        self._executor.observers.append(profiler_ranges)
+        self._profiler.__enter__()
+        return self
+
+    def step(self) -> None:
+        """A training step has ended."""
+        self._profiler.step()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._profiler.__exit__(*exception)
+        self._executor.observers.remove(profiler_ranges)
+        if exception[0] is None:
+            self._write()
+
+    def _write(self) -> None:
+        part = self._path.with_name(f".{self._path.name}.part")
+        plain = part.with_suffix(".json")
+        self._profiler.export_chrome_trace(str(plain))
+        if self._path.suffix == ".gz":
+            with plain.open("rb") as source, gzip.open(part, "wb") as target:
+                shutil.copyfileobj(source, target)
+            plain.unlink()
+        else:
+            plain.rename(part)
+        part.rename(self._path)

@@ -1,0 +1,309 @@
+"""The schedule: in which order stages run and collectives are launched and waited for. A pure value; no torch.
+
+A schedule is two plain lists, forward and backward, of three instructions:
+
+    run(stage)     do the stage's compute
+    launch(c)      start collective c, do not wait
+    wait(c)        the result of c is needed now
+
+It prints as a two-line timeline. For farskip, one layer in the steady state (times run to the right):
+
+    compute       | attention_in.1 | merge.0 | route.1 | attention_core.1 | experts.1 | shared.1 | attention_in.2 |
+    communication | combine.0 .....|                   | dispatch.1 ......|           | combine.1 ................|
+
+The same value is run by the executor, timed by the simulator and compared with a profiler trace by the inspector.
+
+How the forward list is built, per segment:
+
+    serial        program order; every wait follows its launch.
+    overlapped    loop:
+                    run the next stage of the critical chain (route, experts, merge) if all it needs is there;
+                    else run what is placed in the window of the oldest collective in flight, or in an earlier window;
+                    else wait for that collective;
+                    else (nothing in flight) run the next stage in program order.
+
+A `Placement` says which window each movable stage belongs to. Only waits and movable stages move; what is computed
+stays the same function.
+
+The backward list is the forward list read backwards with launch and wait exchanged: autograd runs, of the nodes that
+are ready, the one created last, so a forward that launches, computes and waits gets this order for free. The waits of
+one direction are the launches of the other.
+
+A segment ends where activations are recomputed, at a pipeline cut, or with the model; nothing is in flight there.
+
+Source: the windows are those of FarSkip-Collective (arXiv 2511.11505) section 4.1; the backward mirror is ours.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+from farskip.stage_graph import (
+    ATTENTION_CORE,
+    ATTENTION_IN,
+    COLLECTIVES,
+    COMBINE,
+    DISPATCH,
+    EXPERTS,
+    MERGE,
+    ROUTE,
+    Key,
+    Stage,
+    StageGraph,
+)
+from farskip.wiring import SHARED
+
+MODES = ("serial", "overlapped")
+
+_CHAIN = (ROUTE, EXPERTS, MERGE)
+
+
+class Do(StrEnum):
+    """What an instruction does."""
+
+    RUN = "run"
+    LAUNCH = "launch"
+    WAIT = "wait"
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One step of a schedule."""
+
+    do: Do
+    key: Key
+
+    def __str__(self) -> str:
+        return f"{self.do}({self.key})"
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The stretch between launch and wait of a collective, `layer_offset` layers from the stage placed in it."""
+
+    collective: str
+    layer_offset: int = 0
+
+    def position(self, layer: int) -> tuple[int, int]:
+        """Place in the order of windows: dispatch before combine, layer by layer."""
+        return (layer + self.layer_offset, COLLECTIVES.index(self.collective))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """The window that each movable stage fills. The default is that of the FarSkip paper."""
+
+    attention_in: Window = Window(COMBINE, -1)
+    attention_core: Window = Window(DISPATCH)
+    shared: Window = Window(COMBINE)
+
+    def position(self, key: Key) -> tuple[int, int] | None:
+        """The window of a movable stage; None for a stage that is not movable."""
+        window = {ATTENTION_IN: self.attention_in, ATTENTION_CORE: self.attention_core, SHARED: self.shared}
+        return window[key.stage].position(key.layer) if key.stage in window else None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Layers start..stop-1, executed in one go, with nothing in flight at either end."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """Two lists of instructions. Compares, prints as a timeline (`timeline`), and travels as a dict.
+
+    Attributes:
+        mode: ``serial`` or ``overlapped``.
+        segments: the layers between two drains.
+        forward: instructions in the order the executor issues them.
+        backward: instructions in the order autograd has to follow.
+    """
+
+    mode: str
+    segments: tuple[Segment, ...]
+    forward: tuple[Instruction, ...]
+    backward: tuple[Instruction, ...]
+
+    def of_segment(self, segment: Segment) -> tuple[Instruction, ...]:
+        """The forward instructions of one segment."""
+        return tuple(step for step in self.forward if segment.start <= step.key.layer < segment.stop)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict, as it is stored beside a run."""
+
+        def rows(steps: Iterable[Instruction]) -> list[dict[str, Any]]:
+            return [{"do": str(step.do), "layer": step.key.layer, "stage": step.key.stage} for step in steps]
+
+        return {
+            "mode": self.mode,
+            "segments": [[segment.start, segment.stop] for segment in self.segments],
+            "forward": rows(self.forward),
+            "backward": rows(self.backward),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+
+        def steps(rows: Iterable[dict[str, Any]]) -> tuple[Instruction, ...]:
+            return tuple(Instruction(Do(row["do"]), Key(row["layer"], row["stage"])) for row in rows)
+
+        return cls(
+            mode=data["mode"],
+            segments=tuple(Segment(start, stop) for start, stop in data["segments"]),
+            forward=steps(data["forward"]),
+            backward=steps(data["backward"]),
+        )
+
+    def timeline(self, direction: str = "forward", *, layers: range | None = None, width: int = 118) -> str:
+        """The schedule as pairs of lines, compute above communication, wrapped at `width` characters.
+
+        A collective that stands over an empty compute cell is exposed: nothing runs while it is in flight.
+        """
+        steps = self.forward if direction == "forward" else self.backward
+        if layers is not None:
+            steps = tuple(step for step in steps if step.key.layer in layers)
+        return _draw(steps, width)
+
+
+def build_schedule(
+    graph: StageGraph,
+    mode: str,
+    *,
+    segments: Sequence[Segment] | None = None,
+    placement: Placement | None = None,
+) -> Schedule:
+    """The schedule of a stage graph.
+
+    Args:
+        graph: the stages of the model.
+        mode: ``serial`` or ``overlapped``.
+        segments: consecutive ranges of layers with nothing in flight at their ends; the whole model if None.
+        placement: which window each movable stage fills (overlapped only).
+
+    Raises:
+        ValueError: unknown mode, or segments that do not cover the layers in order.
+    """
+    if mode not in MODES:
+        near = difflib.get_close_matches(mode, MODES, n=1)
+        raise ValueError(f"schedule {mode!r} is unknown; use {' or '.join(near or MODES)}")
+    chosen = tuple(segments) if segments is not None else (Segment(0, graph.num_layers),)
+    edges = [0, *(segment.stop for segment in chosen)]
+    if [segment.start for segment in chosen] != edges[:-1] or edges[-1] != graph.num_layers:
+        raise ValueError(f"segments {chosen} do not cover layers 0..{graph.num_layers - 1} in order")
+    forward: list[Instruction] = []
+    for segment in chosen:
+        stages = graph.of_layers(segment.start, segment.stop)
+        if mode == "serial" or not graph.has_collectives:
+            forward += _serial(stages)
+        else:
+            forward += _overlapped(stages, placement or Placement())
+    return Schedule(mode=mode, segments=chosen, forward=tuple(forward), backward=mirror(forward))
+
+
+def even_segments(num_layers: int, length: int) -> tuple[Segment, ...]:
+    """Segments of `length` layers, the last one shorter if it does not divide."""
+    return tuple(Segment(start, min(start + length, num_layers)) for start in range(0, num_layers, length))
+
+
+def mirror(forward: Sequence[Instruction]) -> tuple[Instruction, ...]:
+    """The backward list: reversed, with launch and wait exchanged."""
+    exchanged = {Do.RUN: Do.RUN, Do.LAUNCH: Do.WAIT, Do.WAIT: Do.LAUNCH}
+    return tuple(Instruction(exchanged[step.do], step.key) for step in reversed(forward))
+
+
+def _serial(stages: Sequence[Stage]) -> list[Instruction]:
+    steps: list[Instruction] = []
+    for stage in stages:
+        if stage.is_collective:
+            steps += [Instruction(Do.LAUNCH, stage.key), Instruction(Do.WAIT, stage.key)]
+        else:
+            steps.append(Instruction(Do.RUN, stage.key))
+    return steps
+
+
+def _overlapped(stages: Sequence[Stage], placement: Placement) -> list[Instruction]:
+    """The loop of the module docstring."""
+    steps: list[Instruction] = []
+    done: set[Key] = set()
+    in_flight: list[Key] = []
+    waiting = {stage.key: stage for stage in stages}
+
+    def is_ready(stage: Stage) -> bool:
+        return not stage.is_collective and done.issuperset(stage.after)
+
+    def run(stage: Stage) -> None:
+        steps.append(Instruction(Do.RUN, stage.key))
+        done.add(stage.key)
+        del waiting[stage.key]
+        # a collective is launched as soon as its input exists
+        for collective in [other for other in waiting.values() if other.is_collective]:
+            if done.issuperset(collective.after):
+                steps.append(Instruction(Do.LAUNCH, collective.key))
+                in_flight.append(collective.key)
+                del waiting[collective.key]
+
+    def wait() -> None:
+        steps.append(Instruction(Do.WAIT, in_flight[0]))
+        done.add(in_flight.pop(0))
+
+    def belongs_here(stage: Stage) -> bool:
+        position = placement.position(stage.key)
+        return position is not None and position <= Window(in_flight[0].stage).position(in_flight[0].layer)
+
+    while waiting or in_flight:
+        ready = [stage for stage in waiting.values() if is_ready(stage)]
+        chain = next((stage for stage in ready if stage.key.stage in _CHAIN), None)
+        if chain is not None:
+            run(chain)
+        elif in_flight:
+            filler = next((stage for stage in ready if belongs_here(stage)), None)
+            if filler is not None:
+                run(filler)
+            else:
+                wait()
+        else:
+            assert ready, f"stages {[str(key) for key in waiting]} wait for each other"
+            run(ready[0])
+    return steps
+
+
+def _draw(steps: Sequence[Instruction], width: int) -> str:
+    """Two lines of cells, one cell per stretch of compute or per exposed collective."""
+    cells: list[tuple[str, str]] = []  # (compute, collective in flight)
+    in_flight: list[Key] = []
+    fresh: set[Key] = set()  # launched, not yet drawn under any compute
+    for step in steps:
+        if step.do is Do.LAUNCH:
+            in_flight.append(step.key)
+            fresh.add(step.key)
+        elif step.do is Do.WAIT:
+            if step.key in fresh:
+                cells.append(("", str(step.key)))
+            if step.key in in_flight:
+                in_flight.remove(step.key)
+            fresh.discard(step.key)
+        else:
+            labels = [str(key) if key in fresh else "..." for key in in_flight]
+            cells.append((str(step.key), " ".join(labels)))
+            fresh.difference_update(in_flight)
+    lines: list[str] = []
+    top, bottom = "compute       |", "communication |"
+    for compute, communication in cells:
+        size = max(len(compute), len(communication))
+        if len(top) + size + 3 > width and len(top) > 15:
+            lines += [top, bottom, ""]
+            top, bottom = "compute       |", "communication |"
+        fill = "." if communication and compute else " "
+        if communication == "...":
+            communication = ""
+        top += f" {compute:<{size}} |"
+        bottom += f" {communication}{' ' if communication and fill == '.' else ''}".ljust(size + 2, fill) + (
+            "|" if fill == " " else "."
+        )
+    return "\n".join([*lines, top, bottom])

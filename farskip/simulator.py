@@ -1,0 +1,173 @@
+"""Simulator: schedule + stage times -> timeline, exposed time, best placement. No torch.
+
+One lane computes, one lane communicates. A launch puts the collective behind those already on the communication lane;
+a wait stands still until it is done. Contention is left out: while both lanes are busy each runs at its full speed, so
+the exposed time given here is a lower bound for a real machine, and
+
+    exposed = sum over collectives of max(0, communication - window)
+
+where the window is the compute between launch and wait (exact while one collective is in flight at a time).
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from farskip.schedule import Do, Instruction, Placement, Schedule, Segment, Window, build_schedule
+from farskip.stage_graph import (
+    ATTENTION_CORE,
+    ATTENTION_IN,
+    COMBINE,
+    DISPATCH,
+    EXPERTS,
+    MERGE,
+    ROUTE,
+    Key,
+    StageGraph,
+)
+from farskip.wiring import MLP, SHARED
+
+_RELATIVE_FORWARD: Mapping[str, float] = {
+    ATTENTION_IN: 1.0,
+    ATTENTION_CORE: 1.0,
+    MLP: 2.0,
+    ROUTE: 0.25,
+    EXPERTS: 2.0,
+    MERGE: 0.25,
+    SHARED: 1.0,
+    DISPATCH: 1.5,
+    COMBINE: 1.5,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageTimes:
+    """How long every kind of stage takes, in any one unit.
+
+    The defaults are relative weights for choosing a placement before anything was measured; no machine stands behind
+    them. Backward defaults to twice the compute and the same communication.
+
+    Attributes:
+        forward: stage or collective name -> time.
+        backward: the same for the backward pass; what is missing is derived from `forward`.
+    """
+
+    forward: Mapping[str, float] = field(default_factory=lambda: _RELATIVE_FORWARD)
+    backward: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, stage: str, direction: str) -> float:
+        """Time of one stage in one direction.
+
+        Raises:
+            ValueError: no time is known for the stage.
+        """
+        if stage not in self.forward:
+            raise ValueError(f"stage times: no time for {stage!r}; give one for each of {sorted(_RELATIVE_FORWARD)}")
+        if direction == "forward":
+            return self.forward[stage]
+        factor = 1.0 if stage in (DISPATCH, COMBINE) else 2.0
+        return self.backward.get(stage, factor * self.forward[stage])
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One stretch of one lane, in the unit of the stage times."""
+
+    key: Key
+    start: float
+    stop: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeline:
+    """What one direction of a schedule does over time.
+
+    Attributes:
+        compute: spans of the compute lane, in order.
+        communication: spans of the communication lane, in order.
+        exposed: time stood still at the wait of each collective.
+        total: when everything is done.
+    """
+
+    compute: tuple[Span, ...]
+    communication: tuple[Span, ...]
+    exposed: Mapping[Key, float]
+    total: float
+
+    @property
+    def exposed_total(self) -> float:
+        """Communication that nothing hid."""
+        return sum(self.exposed.values())
+
+    @property
+    def communication_total(self) -> float:
+        """Summed duration of all collectives."""
+        return sum(span.stop - span.start for span in self.communication)
+
+
+def simulate(steps: Sequence[Instruction], times: StageTimes, direction: str = "forward") -> Timeline:
+    """Play a list of instructions against a clock.
+
+    Args:
+        steps: `Schedule.forward` or `Schedule.backward`.
+        times: how long each stage takes.
+        direction: ``forward`` or ``backward``: which of the times apply.
+    """
+    now, link_free = 0.0, 0.0
+    compute, communication = [], []
+    done_at: dict[Key, float] = {}
+    exposed: dict[Key, float] = {}
+    for step in steps:
+        duration = times.of(step.key.stage, direction)
+        if step.do is Do.RUN:
+            compute.append(Span(step.key, now, now + duration))
+            now += duration
+        elif step.do is Do.LAUNCH:
+            start = max(now, link_free)
+            link_free = done_at[step.key] = start + duration
+            communication.append(Span(step.key, start, link_free))
+        else:
+            exposed[step.key] = max(0.0, done_at[step.key] - now)
+            now += exposed[step.key]
+    return Timeline(compute=tuple(compute), communication=tuple(communication), exposed=exposed, total=now)
+
+
+def choose_schedule(
+    graph: StageGraph,
+    mode: str,
+    *,
+    segments: Sequence[Segment] | None = None,
+    times: StageTimes | None = None,
+) -> Schedule:
+    """The schedule whose forward and backward together take the least simulated time.
+
+    Of placements that take the same time the earliest of `placements` wins, which starts with that of the FarSkip
+    paper.
+
+    Args:
+        graph: the stages of the model.
+        mode: ``serial`` or ``overlapped``.
+        segments: see `build_schedule`.
+        times: measured or given stage times; relative defaults if None.
+    """
+    if mode == "serial" or not graph.has_collectives:
+        return build_schedule(graph, mode, segments=segments)
+    clock = times or StageTimes()
+    candidates = [build_schedule(graph, mode, segments=segments, placement=placement) for placement in placements()]
+
+    def total(schedule: Schedule) -> float:
+        forward = simulate(schedule.forward, clock, "forward").total
+        # rounded, so that a tie in exact arithmetic is a tie here and the order of placements decides
+        return round(forward + simulate(schedule.backward, clock, "backward").total, 9)
+
+    return min(candidates, key=total)
+
+
+def placements() -> Iterator[Placement]:
+    """Every placement worth trying, that of the FarSkip paper first."""
+    attention_in = (Window(COMBINE, -1), Window(DISPATCH), Window(DISPATCH, -1))
+    attention_core = (Window(DISPATCH), Window(COMBINE, -1), Window(DISPATCH, -1))
+    shared = (Window(COMBINE), Window(DISPATCH))
+    for first, core, expert in itertools.product(attention_in, attention_core, shared):
+        if core.position(0) >= first.position(0):  # the core cannot come before its projections
+            yield Placement(attention_in=first, attention_core=core, shared=expert)

@@ -1,0 +1,103 @@
+"""What the executor needs from others: the sub-blocks of a layer (models), and dispatch between ranks (parallel).
+
+Only protocols and the values they exchange; `farskip.models` and `farskip.parallel` implement them, so that the core
+imports neither.
+
+Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E experts, R rows on one rank.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from farskip.async_autograd import Collective
+from farskip.wiring import LayerBlocks
+
+Seam = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""Called by an attention with (query, key, value) between its projections and its core; uses what comes back."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """Where the router of one layer sends every token.
+
+    Attributes:
+        logits_TE: router logits, before any score function.
+        weights_TK: what each chosen expert's output is multiplied with.
+        experts_TK: int64 numbers of the chosen experts.
+    """
+
+    logits_TE: torch.Tensor
+    weights_TK: torch.Tensor
+    experts_TK: torch.Tensor
+
+
+class SubBlocks(Protocol):
+    """One decoder layer, taken apart into the sub-modules of its own model family."""
+
+    blocks: LayerBlocks
+
+    def attention_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
+        """The norm in front of attention."""
+        ...
+
+    def attention(self, normed_BSD: torch.Tensor, seam: Seam, arguments: Mapping[str, Any]) -> torch.Tensor:
+        """Attention without its residual add; has to call `seam` exactly once."""
+        ...
+
+    def mlp_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
+        """The norm in front of the MLP, router, shared and routed experts."""
+        ...
+
+    def mlp(self, normed_BSD: torch.Tensor) -> torch.Tensor:
+        """The dense MLP."""
+        ...
+
+    def shared(self, normed_BSD: torch.Tensor) -> torch.Tensor:
+        """The shared expert."""
+        ...
+
+    def route(self, normed_BSD: torch.Tensor) -> Routing:
+        """The router."""
+        ...
+
+    def routed(self, normed_BSD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """All routed experts on this rank, weighted and summed per token."""
+        ...
+
+    def expert_rows(self, rows_RD: torch.Tensor, expert_R: torch.Tensor) -> torch.Tensor:
+        """The experts of this rank on rows that already lie here; no weights. `expert_R` counts from 0 on each rank."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DispatchPlan:
+    """Everything that dispatch, experts and combine of one layer have to agree on.
+
+    Attributes:
+        collective: carries rows to the ranks of their experts; its reverse carries them back.
+        expert_R: int64 local expert number of every row that arrives here.
+        slot_of_row: int64 [T*K]; sent row i belongs to slot ``slot_of_row[i]`` = token * K + choice.
+        row_of_slot: the inverse permutation.
+        shape_BSD: shape of the tokens that were dispatched.
+    """
+
+    collective: Collective
+    expert_R: torch.Tensor
+    slot_of_row: torch.Tensor
+    row_of_slot: torch.Tensor
+    shape_BSD: torch.Size
+
+
+class Dispatcher(Protocol):
+    """Sends tokens to the ranks that hold their experts. Neither method launches the exchange of the rows itself."""
+
+    def prepare(self, normed_BSD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, DispatchPlan]:
+        """Rows in the order of their experts [T*K, D], and the plan. Exchanges the split sizes between ranks."""
+        ...
+
+    def merge(self, rows: torch.Tensor, routing: Routing, plan: DispatchPlan) -> torch.Tensor:
+        """Weighted sum of the returned rows per token, in the shape they were dispatched in."""
+        ...

@@ -1,0 +1,146 @@
+"""The stages of a model and what each one waits for: wiring + sub-blocks -> `StageGraph`. Data only; no torch.
+
+A stage is a stretch of compute that the executor runs in one go; a collective is what it launches and waits for.
+Per layer, in program order:
+
+    attention_in     norm, projections, rotary embedding        attention, up to the seam
+    attention_core   core attention, output projection -> a     attention, after the seam
+    mlp              norm, dense MLP -> m                       dense layers only
+    route            norm, router, permutation of the rows
+    dispatch         collective: rows to the ranks that hold their experts
+    experts          the routed experts (without expert parallelism -> r)
+    combine          collective: rows back to the ranks they came from
+    shared           shared expert -> s
+    merge            weighted sum of the returned rows -> r
+
+The adds of the residual stream are no stages: they are done when their sum is first read (`farskip.residual`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, LayerInputs, Source
+
+ATTENTION_IN, ATTENTION_CORE = "attention_in", "attention_core"
+ROUTE, EXPERTS, MERGE = "route", "experts", "merge"
+DISPATCH, COMBINE = "dispatch", "combine"
+COLLECTIVES = (DISPATCH, COMBINE)
+
+
+class Key(NamedTuple):
+    """Names one stage or collective of a model: layer number and stage name."""
+
+    layer: int
+    stage: str
+
+    def __str__(self) -> str:
+        return f"{self.stage}.{self.layer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One node of the graph: a stretch of compute, or a collective.
+
+    Attributes:
+        key: layer and name.
+        after: the stages and collectives whose results it needs.
+    """
+
+    key: Key
+    after: tuple[Key, ...]
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether it is launched and waited for instead of run."""
+        return self.key.stage in COLLECTIVES
+
+
+@dataclass(frozen=True, slots=True)
+class StageGraph:
+    """All stages of a model in program order, with their dependencies."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return 1 + max(stage.key.layer for stage in self.stages)
+
+    @property
+    def has_collectives(self) -> bool:
+        """Whether anything is in flight at all."""
+        return any(stage.is_collective for stage in self.stages)
+
+    def of_layers(self, start: int, stop: int) -> tuple[Stage, ...]:
+        """The stages of layers start..stop-1 in program order, without what they need from before `start`."""
+        return tuple(
+            Stage(stage.key, tuple(key for key in stage.after if key.layer >= start))
+            for stage in self.stages
+            if start <= stage.key.layer < stop
+        )
+
+
+def build_stage_graph(inputs: Sequence[LayerInputs], *, expert_parallel: bool) -> StageGraph:
+    """The stages of a model under a resolved wiring.
+
+    Args:
+        inputs: one entry per layer, from `Wiring.resolve`.
+        expert_parallel: whether routed experts lie on other ranks, so that rows are dispatched and combined.
+    """
+    stages: list[Stage] = []
+    full: tuple[Key, ...] = ()  # what x, the full stream at the layer's entry, needs
+    outputs: dict[str, tuple[Key, ...]] = {}  # what each output of the previous layer needs
+    before: tuple[Key, ...] = ()  # what the full stream at the previous layer's entry needs
+    for layer, reads in enumerate(inputs):
+        # n is the previous layer's entry stream plus those of its outputs that are not left out
+        partial = before + tuple(key for block, keys in outputs.items() if block not in reads.left_out for key in keys)
+        needs = {
+            Source.FULL: full,
+            Source.PARTIAL: partial,
+            Source.AFTER_ATTENTION: (*full, Key(layer, ATTENTION_CORE)),
+        }
+        here, made = _layer_stages(layer, reads, needs, expert_parallel)
+        stages += here
+        before, outputs = full, made
+        full = _unique(before + tuple(key for keys in outputs.values() for key in keys))
+    return StageGraph(tuple(stages))
+
+
+def _layer_stages(
+    layer: int, reads: LayerInputs, needs: dict[Source, tuple[Key, ...]], expert_parallel: bool
+) -> tuple[list[Stage], dict[str, tuple[Key, ...]]]:
+    """Stages of one layer, and for each of its outputs the keys that produce it."""
+
+    def key(stage: str) -> Key:
+        return Key(layer, stage)
+
+    # One attention at a time: its second half runs inside the call that the first half has opened.
+    one_at_a_time = (Key(layer - 1, ATTENTION_CORE),) if layer else ()
+    stages = [
+        Stage(key(ATTENTION_IN), _unique(needs[reads.source(ATTENTION)] + one_at_a_time)),
+        Stage(key(ATTENTION_CORE), (key(ATTENTION_IN),)),
+    ]
+    outputs = {ATTENTION: (key(ATTENTION_CORE),)}
+    if MLP in reads.blocks:
+        stages.append(Stage(key(MLP), _unique(needs[reads.source(MLP)])))
+        outputs[MLP] = (key(MLP),)
+    if ROUTED in reads.blocks:
+        stages.append(Stage(key(ROUTE), _unique(needs[reads.source(ROUTED)])))
+        if expert_parallel:
+            stages.append(Stage(key(DISPATCH), (key(ROUTE),)))
+            stages.append(Stage(key(EXPERTS), (key(DISPATCH),)))
+            stages.append(Stage(key(COMBINE), (key(EXPERTS),)))
+        else:
+            stages.append(Stage(key(EXPERTS), (key(ROUTE),)))
+        if SHARED in reads.blocks:
+            stages.append(Stage(key(SHARED), _unique(needs[reads.source(SHARED)])))
+            outputs[SHARED] = (key(SHARED),)
+        if expert_parallel:
+            stages.append(Stage(key(MERGE), (key(COMBINE),)))
+        outputs[ROUTED] = (key(MERGE if expert_parallel else EXPERTS),)
+    return stages, outputs
+
+
+def _unique(keys: tuple[Key, ...]) -> tuple[Key, ...]:
+    return tuple(dict.fromkeys(keys))

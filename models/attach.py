@@ -1,0 +1,148 @@
+"""Attach the executor to a transformers model: its decoder layers keep their modules and names, and lose their forward.
+
+transformers calls the layers one by one. Each layer but the last of a segment only notes what it is called with and
+passes its input on; the last one lets the executor run the whole segment and returns the full stream. So the executor
+owns the layer loop, and everything around it (masks, rotary embedding, cache, final norm) stays transformers' own.
+
+A segment is the whole model, except: with gradient checkpointing it is `checkpoint_layers` layers, recomputed in
+backward; when hidden states are captured it is one layer, so that each layer returns its full stream.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from farskip.executor import Executor
+from farskip.models.attention_seam import install_seam
+from farskip.models.family import backbone_of
+from farskip.schedule import Segment, even_segments
+
+_SHIM = "_farskip_shim"
+
+
+class Attachment:
+    """The executor of one model, and the state of the forward pass that is under way.
+
+    Attributes:
+        executor: runs the segments.
+        checkpoint_layers: layers per recomputed segment when gradient checkpointing is on.
+    """
+
+    def __init__(self, model: Any, executor: Executor) -> None:
+        self.executor = executor
+        self.checkpoint_layers = 1
+        self.sharded_experts: tuple[str, ...] = ()
+        self.mesh: Any = None
+        self._config = backbone_of(model).config
+        self._captures = False
+        self._call: _Call | None = None
+
+    def before_backbone(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the backbone: is somebody going to read the layers' outputs?"""
+        captures = kwargs.get("output_hidden_states")
+        self._captures = bool(self._config.output_hidden_states if captures is None else captures)
+        self._call = None
+
+    def call_layer(self, index: int, layer: Any, hidden_BSD: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """What a decoder layer does instead of its own forward."""
+        recompute = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
+        if recompute:
+            _refuse_reentrant(layer)
+            kwargs = {**kwargs, "past_key_values": None, "use_cache": False}
+        if index == 0:
+            self._call = _Call(self, hidden_BSD, recompute=recompute)
+        assert self._call is not None
+        result = self._call.layer(index, hidden_BSD, kwargs)
+        if index + 1 == self.executor.num_layers:
+            self._call = None
+        return result
+
+    def segments(self, *, recompute: bool) -> tuple[Segment, ...]:
+        """Where the streams are drained in this forward pass."""
+        num_layers = self.executor.num_layers
+        if self._captures:
+            return even_segments(num_layers, 1)
+        return even_segments(num_layers, self.checkpoint_layers if recompute else num_layers)
+
+
+class _Call:
+    """One forward pass through the layers."""
+
+    def __init__(self, attachment: Attachment, hidden_BSD: torch.Tensor, *, recompute: bool) -> None:
+        self._executor = attachment.executor
+        self._recompute = recompute
+        self._schedule = attachment.executor.schedule(attachment.segments(recompute=recompute))
+        self._segments = iter(self._schedule.segments)
+        self._segment = next(self._segments)
+        self._arguments: list[Mapping[str, Any]] = []
+        self._x_BSD = self._n_BSD = hidden_BSD
+
+    def layer(self, index: int, hidden_BSD: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        if hidden_BSD is not self._x_BSD:
+            raise RuntimeError(
+                f"layer {index}: its input is not what the layer before returned; something between the layers (a "
+                "hook, an adapter) replaced the hidden states, which farskip cannot honor: attach it inside a sub-module"
+            )
+        self._arguments.append(kwargs)
+        if index + 1 == self._segment.stop:
+            self._x_BSD, self._n_BSD = self._executor.run_segment(
+                self._schedule, self._segment, self._x_BSD, self._n_BSD, self._arguments, recompute=self._recompute
+            )
+            self._segment = next(self._segments, self._segment)
+        return self._x_BSD
+
+
+def attach(model: Any, executor: Executor) -> Attachment:
+    """Make the executor run the model's layers. Replaces an executor that is already attached."""
+    previous = attachment_of(model)
+    if previous is not None:
+        previous.executor = executor
+        return previous
+    install_seam(model)
+    attachment = Attachment(model, executor)
+    backbone = backbone_of(model)
+    for index, layer in enumerate(layers_of(model)):
+        layer.__class__ = _shimmed_class(type(layer))
+        setattr(layer, _SHIM, (attachment, index))
+    backbone.register_forward_pre_hook(attachment.before_backbone, with_kwargs=True)
+    return attachment
+
+
+def attachment_of(model: Any) -> Attachment | None:
+    """The attachment of a model; None if farskip was never attached to it."""
+    shim = getattr(layers_of(model)[0], _SHIM, None)
+    return shim[0] if shim is not None else None
+
+
+def layers_of(model: Any) -> Any:
+    """The decoder layers of a transformers model."""
+    return backbone_of(model).layers
+
+
+_SHIMMED: dict[type, type] = {}
+
+
+def _shimmed_class(layer_class: type) -> type:
+    """A subclass of a decoder layer class whose forward asks the attachment. One per class, so that types compare."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attachment, index = getattr(self, _SHIM)
+        return attachment.call_layer(index, self, hidden_states, kwargs)
+
+    if layer_class not in _SHIMMED:
+        shimmed = type(f"FarSkip{layer_class.__name__}", (layer_class,), {})
+        # Set afterwards: transformers wraps the forward of a new subclass in its own, per-layer checkpointing.
+        shimmed.forward = forward  # type: ignore[attr-defined]
+        _SHIMMED[layer_class] = shimmed
+    return _SHIMMED[layer_class]
+
+
+def _refuse_reentrant(layer: Any) -> None:
+    keywords = getattr(layer._gradient_checkpointing_func, "keywords", {})
+    if keywords.get("use_reentrant"):
+        raise ValueError(
+            "gradient checkpointing with use_reentrant=True loses gradients here; call "
+            "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+        )

@@ -1,0 +1,88 @@
+"""A decoder layer of transformers, taken apart into sub-blocks: what nearly all families have in common.
+
+Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E experts, R rows.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from farskip.models.attention_seam import seam_set
+from farskip.stage import Routing, Seam
+from farskip.wiring import DENSE, MOE, MOE_SHARED, LayerBlocks
+
+
+class HFSubBlocks:
+    """Sub-blocks of a layer with ``self_attn``, two norms and ``mlp``, the latter with ``experts`` where it is a MoE.
+
+    Args:
+        layer: a transformers decoder layer.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer: Any = layer
+        if self.experts is None:
+            self.blocks: LayerBlocks = DENSE
+        else:
+            self.blocks = MOE if self.shared_expert is None else MOE_SHARED
+
+    @property
+    def experts(self) -> nn.Module | None:
+        """The module that holds the routed experts' weights; None in a dense layer."""
+        return getattr(self.layer.mlp, "experts", None)
+
+    @property
+    def shared_expert(self) -> nn.Module | None:
+        """The shared expert; None if the layer has none."""
+        return getattr(self.layer.mlp, "shared_experts", None)
+
+    @property
+    def gate(self) -> Any:
+        """The router."""
+        return self.layer.mlp.gate
+
+    def attention_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
+        """See `SubBlocks.attention_norm`."""
+        return self.layer.input_layernorm(stream_BSD)
+
+    def attention(self, normed_BSD: torch.Tensor, seam: Seam, arguments: Mapping[str, Any]) -> torch.Tensor:
+        """See `SubBlocks.attention`."""
+        with seam_set(self.layer.self_attn, seam):
+            return self.layer.self_attn(hidden_states=normed_BSD, **arguments)[0]
+
+    def mlp_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
+        """See `SubBlocks.mlp_norm`."""
+        return self.layer.post_attention_layernorm(stream_BSD)
+
+    def mlp(self, normed_BSD: torch.Tensor) -> torch.Tensor:
+        """See `SubBlocks.mlp`."""
+        return self.layer.mlp(normed_BSD)
+
+    def shared(self, normed_BSD: torch.Tensor) -> torch.Tensor:
+        """See `SubBlocks.shared`."""
+        assert self.shared_expert is not None
+        return self.shared_expert(normed_BSD)
+
+    def route(self, normed_BSD: torch.Tensor) -> Routing:
+        """See `SubBlocks.route`."""
+        logits_TE, weights_TK, experts_TK = self.gate(normed_BSD.reshape(-1, normed_BSD.shape[-1]))
+        return Routing(logits_TE=logits_TE, weights_TK=weights_TK, experts_TK=experts_TK)
+
+    def routed(self, normed_BSD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """See `SubBlocks.routed`."""
+        assert self.experts is not None
+        tokens_TD = normed_BSD.view(-1, normed_BSD.shape[-1])
+        return self.experts(tokens_TD, routing.experts_TK, routing.weights_TK).view(normed_BSD.shape)
+
+    def expert_rows(self, rows_RD: torch.Tensor, expert_R: torch.Tensor) -> torch.Tensor:
+        """See `SubBlocks.expert_rows`: the family's own experts, one expert per row, with weight 1."""
+        experts = self.experts
+        assert experts is not None
+        if rows_RD.shape[0] == 0:
+            # Keep the graph whole: the other ranks' backward needs our part of the exchange, and an expert that got no
+            # token has a gradient of zero, not none.
+            return rows_RD + 0.0 * sum(parameter.flatten()[:1].sum() for parameter in experts.parameters())
+        ones_R1 = torch.ones_like(expert_R, dtype=rows_RD.dtype).unsqueeze(1)
+        return experts(rows_RD, expert_R.unsqueeze(1), ones_R1)

@@ -1,0 +1,6 @@
+"""Qwen3-MoE: grouped-query attention, softmax router, no shared expert."""
+
+from farskip.models.family import Family
+from farskip.models.hf_layer import HFSubBlocks
+
+FAMILY = Family(model_type="qwen3_moe", architecture="Qwen3MoeForCausalLM", sub_blocks=HFSubBlocks)

@@ -1,0 +1,32 @@
+"""A transformers causal language model as the training loop sees it: hidden states, and a head on them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from farskip.batch import Batch
+from farskip.models.family import backbone_of
+
+
+class HFLanguageModel:
+    """Implements `farskip.training_protocols.LanguageModel`.
+
+    Args:
+        model: a transformers causal language model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = model
+        self._model: Any = model
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Hidden states [B, S, D] after the final norm. Attention stays inside the documents of a packed sequence."""
+        backbone = backbone_of(self._model)
+        return backbone(
+            input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False
+        ).last_hidden_state
+
+    def head(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Logits [T, V]."""
+        return self._model.get_output_embeddings()(hidden_TD)

@@ -1,0 +1,112 @@
+"""`parallelize`: spread the experts of a model over ranks and put its collectives under a schedule."""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from farskip.executor import Executor
+from farskip.models.attach import attach, attachment_of, layers_of
+from farskip.models.family import family_of_model
+from farskip.models.hf_layer import HFSubBlocks
+from farskip.models.surgery import wiring_of
+from farskip.parallel.collectives import ProcessGroupLink
+from farskip.parallel.dispatcher import AllToAllDispatcher
+from farskip.parallel.mesh import EP_AXIS, axis_size
+from farskip.simulator import StageTimes
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def parallelize(
+    model: Model,
+    mesh: DeviceMesh,
+    schedule: str = "overlapped",
+    *,
+    link: ProcessGroupLink | None = None,
+    times: StageTimes | None = None,
+) -> Model:
+    """Spread the routed experts over the ``ep`` axis of a mesh; every rank keeps everything else.
+
+    Args:
+        model: a transformers causal language model of a known family, whole and equal on all ranks.
+        mesh: has an axis ``ep``; see `farskip.parallel.mesh.build_mesh`. A collective over all its ranks.
+        schedule: ``overlapped`` or ``serial``; both compute the same function, bit for bit.
+        link: what carries the rows, over the ranks of ``ep``; torch.distributed's group if None.
+        times: stage times that rank 0 chooses the schedule by.
+
+    Returns:
+        The same model, whose routed experts now are this rank's slice.
+
+    Raises:
+        ValueError: unknown family, experts that ``ep`` does not divide, a model that is parallel already, or ranks
+            that disagree about the wiring. The model is untouched.
+    """
+    family = family_of_model(model)
+    previous = attachment_of(model)
+    if previous is not None and previous.mesh is not None:
+        raise ValueError("parallelize: the model is parallel already; load it afresh to spread it differently")
+    blocks = [family.sub_blocks(layer) for layer in layers_of(model)]
+    wiring = wiring_of(model)
+    ep = axis_size(mesh, EP_AXIS)
+    num_experts = max((_num_experts(block) for block in blocks), default=0)
+    dispatcher = None
+    if ep > 1 and num_experts:
+        dispatcher = AllToAllDispatcher(link or ProcessGroupLink(mesh.get_group(EP_AXIS)), num_experts)
+    mode, wiring_of_rank_0, times = _agree((schedule, wiring.to_dict(), times))
+    if wiring_of_rank_0 != wiring.to_dict():
+        raise ValueError(f"parallelize: rank {dist.get_rank()} has wiring {wiring}, rank 0 another; rewire all alike")
+    executor = Executor(blocks, wiring, dispatcher=dispatcher, mode=mode, times=times)
+    executor.set_schedule(type(executor.schedule()).from_dict(_agree(executor.schedule().to_dict())))
+    if previous is not None:
+        executor.observers, executor.routing_hook = previous.executor.observers, previous.executor.routing_hook
+    attachment = attach(model, executor)
+    attachment.mesh = mesh
+    if dispatcher is not None:
+        attachment.sharded_experts = _shard_experts(model, blocks, dispatcher.link.rank, dispatcher.link.size)
+    return model
+
+
+def full_state_dict(model: Any) -> dict[str, torch.Tensor]:
+    """The whole model's state dict, experts of all ranks together, on every rank. A collective for a parallel model."""
+    state = dict(model.state_dict())
+    attachment = attachment_of(model)
+    if attachment is None or not attachment.sharded_experts:
+        return state
+    group = attachment.mesh.get_group(EP_AXIS)
+    for name in attachment.sharded_experts:
+        local = state[name].contiguous()
+        slices = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(slices, local, group=group)
+        state[name] = torch.cat(slices)
+    return state
+
+
+def _num_experts(block: HFSubBlocks) -> int:
+    return int(block.experts.num_experts) if block.experts is not None else 0  # type: ignore[arg-type]
+
+
+def _shard_experts(model: nn.Module, blocks: list[HFSubBlocks], rank: int, size: int) -> tuple[str, ...]:
+    """Cut every expert parameter to this rank's slice. Returns the names of what was cut."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    cut = []
+    for block in blocks:
+        experts = block.experts
+        if experts is None:
+            continue
+        local = _num_experts(block) // size
+        for name, parameter in list(experts.named_parameters(recurse=False)):
+            mine = parameter.detach()[rank * local : (rank + 1) * local].clone()
+            setattr(experts, name, nn.Parameter(mine, requires_grad=parameter.requires_grad))
+            cut.append(names[id(parameter)])
+        experts.num_experts = local  # type: ignore[assignment]
+    return tuple(cut)
+
+
+def _agree(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

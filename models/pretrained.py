@@ -1,0 +1,163 @@
+"""`load` and `save`: checkpoints in transformers' format, with the wiring in their config.
+
+A rewired checkpoint has transformers' tensors and names, and in its config.json
+
+    "model_type": "farskip_<family>"          so that a plain load by transformers refuses instead of silently
+    "farskip": {"base_model_type": "<family>",  computing the ordinary function
+                "wiring": {...}}              see `Wiring.to_dict`
+
+A checkpoint of an ordinary model is left a plain transformers checkpoint. Which family a checkpoint is of is decided by
+``architectures``: a ``model_type`` can claim what it likes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from farskip.models.attach import attachment_of
+from farskip.models.family import Family, family_of_architecture, family_of_model
+from farskip.models.parallelize import full_state_dict, parallelize
+from farskip.models.surgery import rewire, wiring_of
+from farskip.wiring import Wiring
+
+_KEY = "farskip"
+_PREFIX = "farskip_"
+
+
+def load(
+    path: str | os.PathLike[str],
+    wiring: str | Wiring | None = None,
+    layers: str | Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    mesh: DeviceMesh | None = None,
+) -> Any:
+    """Load a checkpoint in transformers' format.
+
+    Args:
+        path: folder with config.json and safetensors.
+        wiring: how to wire it; None for what the checkpoint says (a plain one is ordinary).
+        layers: which layers, for a name; all if None.
+        dtype: of the parameters; None for that of the checkpoint.
+        device: where the model goes.
+        mesh: spread the experts over its ``ep`` axis (see `parallelize`).
+
+    Returns:
+        The transformers model, in evaluation mode.
+
+    Raises:
+        ValueError: not a checkpoint, unknown family, missing or extra tensors, a damaged file.
+
+    Note: with a mesh, every rank reads the whole checkpoint into memory before it keeps its slice.
+    """
+    folder = Path(path)
+    config_dict = _read_config(folder)
+    family = _family_of(folder, config_dict)
+    recorded = config_dict.pop(_KEY, None)
+    if recorded is not None:
+        config_dict["model_type"] = recorded["base_model_type"]
+    model = _load_transformers(folder, family, config_dict, dtype).to(device)
+    chosen = wiring
+    if chosen is None and recorded is not None:
+        chosen = Wiring.from_dict(recorded["wiring"])
+    if chosen is None and layers is not None:
+        raise ValueError(f"load {folder}: layers={layers!r} needs wiring=, the checkpoint itself is ordinary")
+    if chosen is not None:
+        rewire(model, chosen, "all" if layers is None else layers)
+    return parallelize(model, mesh) if mesh is not None else model
+
+
+def save(model: Any, path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint in transformers' format whose config records the wiring.
+
+    Args:
+        model: a transformers model of a known family; for a parallel one a collective, rank 0 writes.
+        path: a folder; if a checkpoint stands there it is replaced when the new one is complete.
+
+    Raises:
+        ValueError: unknown family, or `path` holds something that is not a checkpoint.
+    """
+    family, wiring, folder = family_of_model(model), wiring_of(model), Path(path)
+    state = full_state_dict(model)
+    attachment = attachment_of(model)
+    is_parallel = attachment is not None and attachment.mesh is not None
+    if not is_parallel or dist.get_rank() == 0:
+        _write(model, state, family, wiring, folder)
+    if is_parallel:
+        dist.barrier()
+
+
+def _write(model: Any, state: dict[str, torch.Tensor], family: Family, wiring: Wiring, folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ValueError(f"save {folder}: the folder holds something that is not a checkpoint; choose another path")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        model.save_pretrained(fresh, state_dict=state)
+        config = json.loads((fresh / "config.json").read_text())
+        if wiring.name != "ordinary":
+            config[_KEY] = {"base_model_type": family.model_type, "wiring": wiring.to_dict()}
+            config["model_type"] = _PREFIX + family.model_type
+            (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if folder.exists():
+            replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+            folder.rename(replaced)
+            fresh.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            fresh.rename(folder)
+    finally:
+        if fresh.exists():
+            shutil.rmtree(fresh)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"load {folder}: no config.json there; give the folder of a checkpoint in transformers' format")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"load {file}: not JSON ({error}); the file is damaged, copy it again") from error
+
+
+def _family_of(folder: Path, config: dict[str, Any]) -> Family:
+    architectures = config.get("architectures") or [None]
+    try:
+        return family_of_architecture(architectures[0])
+    except ValueError as error:
+        raise ValueError(f"load {folder}: {error}") from None
+
+
+def _load_transformers(
+    folder: Path, family: Family, config_dict: dict[str, Any], dtype: torch.dtype | None
+) -> Any:
+    import transformers
+    from safetensors import SafetensorError
+
+    if config_dict.get("model_type") != family.model_type:
+        raise ValueError(
+            f"load {folder}: architecture {family.architecture} goes with model_type {family.model_type!r}, config.json "
+            f"says {config_dict.get('model_type')!r}; correct whichever is wrong"
+        )
+    config = transformers.AutoConfig.for_model(**config_dict)
+    try:
+        model, info = getattr(transformers, family.architecture).from_pretrained(
+            folder, config=config, dtype="auto" if dtype is None else dtype, output_loading_info=True
+        )
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"load {folder}: {' '.join(str(error).split())}; the checkpoint is incomplete or damaged") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            names = sorted(str(key) for key in info[kind])
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ValueError(f"load {folder}: {kind.replace('_keys', '')} tensors: {shown}; the checkpoint does not fit "
+                             f"its config")
+    return model

@@ -1,0 +1,108 @@
+"""Asynchronous exchanges between the ranks of a group. Each launch returns a `Pending`.
+
+`Link` is the wire: what starts an exchange of bytes between ranks. The real one is torch.distributed; the emulated one
+(`farskip.parallel.emulated_link`) is the real one slowed down to a given bandwidth and latency, and tests bring links
+that delay and poison.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+import torch.distributed as dist
+
+from farskip.pending import Pending, Work
+
+
+class Link(Protocol):
+    """Starts exchanges between the ranks of one group."""
+
+    rank: int
+    size: int
+
+    def all_to_all(
+        self,
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+    ) -> Work:
+        """Start sending ``input_splits[r]`` rows of `tensor` to every rank r and receiving `output`; do not wait."""
+        ...
+
+    def exchange_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """Send row r of an int64 tensor [size, n] to rank r; returns what came back, after waiting for it."""
+        ...
+
+    def waited(self, seconds: float) -> None:
+        """Called with the time that the host stood still waiting for an exchange of this link."""
+        ...
+
+
+class ProcessGroupLink:
+    """The link of a torch.distributed process group (gloo or NCCL).
+
+    Args:
+        group: the process group; the default group if None.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.waited_s = 0.0
+
+    def all_to_all(
+        self,
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+    ) -> Work:
+        """See `Link.all_to_all`."""
+        return dist.all_to_all_single(
+            output, tensor, list(output_splits), list(input_splits), group=self._group, async_op=True
+        )
+
+    def exchange_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """See `Link.exchange_counts`. Note: synchronizes the host."""
+        received = torch.empty_like(counts)
+        dist.all_to_all_single(received, counts, group=self._group)
+        return received
+
+    def waited(self, seconds: float) -> None:
+        """See `Link.waited`; adds to `waited_s`."""
+        self.waited_s += seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllToAll:
+    """Rows to other ranks, with uneven splits; its gradient is the same exchange the other way round.
+
+    Attributes:
+        link: the wire.
+        input_splits: rows that this rank sends to each rank of the group.
+        output_splits: rows that it receives from each.
+    """
+
+    link: Link
+    input_splits: tuple[int, ...]
+    output_splits: tuple[int, ...]
+
+    def launch(self, tensor: torch.Tensor) -> Pending:
+        """Start the exchange.
+
+        Args:
+            tensor: contiguous [sum(input_splits), ...].
+
+        Returns:
+            Pending [sum(output_splits), ...] of the same dtype; keeps `tensor` alive until it is waited for.
+        """
+        output = tensor.new_empty((sum(self.output_splits), *tensor.shape[1:]))
+        work = self.link.all_to_all(output, tensor, self.output_splits, self.input_splits)
+        return Pending(output, work, keep=(tensor,), on_waited=self.link.waited)
+
+    def reverse(self) -> Self:
+        """The exchange that carries rows, or their gradients, back."""
+        return type(self)(link=self.link, input_splits=self.output_splits, output_splits=self.input_splits)
