@@ -8,6 +8,7 @@ Everything is in the name: arguments of a range do not reach an exported trace.
 
 import gzip
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from farskip.async_autograd import Ended
 from farskip.executor import Executor
+from farskip.metrics import StepReport
 from farskip.schedule import Instruction
 
 
@@ -88,3 +90,63 @@ class TraceSession:
         else:
             plain.rename(part)
         part.rename(self._path)
+
+
+class StepTracer:
+    """Traces chosen optimizer steps of a training loop; a callback for its end of step.
+
+    Args:
+        executor: whose instructions become ranges.
+        folder: gets ``rank<r>_step<n>.json.gz``.
+        steps: optimizer steps to trace, counted from 1.
+        rank: this rank.
+        on_trace: called with each finished trace file.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        folder: Path,
+        steps: Sequence[int],
+        *,
+        rank: int,
+        on_trace: Callable[[Path], None] | None = None,
+    ) -> None:
+        if any(step < 1 for step in steps):
+            raise ValueError(f"profile.steps={list(steps)}: steps are counted from 1")
+        self._executor = executor
+        self._folder = folder
+        self._steps = frozenset(steps)
+        self._rank = rank
+        self._on_trace = on_trace
+        self._session: TraceSession | None = None
+
+    def __enter__(self) -> "StepTracer":
+        self._begin(1)
+        return self
+
+    def __call__(self, report: StepReport) -> None:
+        """A step has ended: close its trace, open that of the next one."""
+        self._end()
+        self._begin(report.step + 1)
+
+    def __exit__(self, *exception: Any) -> None:
+        # The step that was begun last never ran: its trace is thrown away.
+        if self._session is not None:
+            self._session.__exit__(RuntimeError, RuntimeError("not finished"), None)
+            self._session = None
+
+    def _begin(self, step: int) -> None:
+        if step in self._steps:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._path = self._folder / f"rank{self._rank}_step{step}.json.gz"
+            self._session = TraceSession(self._executor, self._path)
+            self._session.__enter__()
+
+    def _end(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.step()
+            session.__exit__(None, None, None)
+            if self._on_trace is not None:
+                self._on_trace(self._path)

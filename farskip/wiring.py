@@ -225,7 +225,13 @@ def select_layers(layers: "str | Iterable[int]", num_layers: int) -> tuple[int, 
     if isinstance(layers, str):
         chosen = _select_by_text(layers, num_layers)
     else:
-        chosen = sorted(set(layers))
+        if not isinstance(layers, Iterable):
+            raise ValueError(_not_understood(layers))
+        numbers = list(layers)
+        for layer in numbers:
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise ValueError(f"layers {layers!r}: {layer!r} is not a layer number; use integers")
+        chosen = sorted(set(numbers))
     for layer in chosen:
         if not 0 <= layer < num_layers:
             raise ValueError(f"layers {layers!r}: layer {layer} is outside 0..{num_layers - 1} of this model")
@@ -245,7 +251,11 @@ def _select_by_text(layers: str, num_layers: int) -> list[int]:
         if int(right) > num_layers or int(left) > int(right):
             raise ValueError(f"layers {layers!r}: use START:STOP with 0 <= START <= STOP <= {num_layers}")
         return list(range(int(left), int(right)))
-    raise ValueError(f"layers {layers!r} is not understood; use all, last:3, first:3, 2:5 or a list such as [0,4,5]")
+    raise ValueError(_not_understood(layers))
+
+
+def _not_understood(layers: object) -> str:
+    return f"layers {layers!r} is not understood; use all, last:3, first:3, 2:5 or a list such as [0,4,5]"
 
 
 def _resolve_layer(index: int, layer: LayerWiring, here: LayerBlocks, previous: LayerBlocks) -> LayerInputs:

@@ -21,11 +21,13 @@ class Family:
     Attributes:
         model_type: what its config calls itself.
         architecture: class name of its causal language model, the key that selects it.
+        score: the router's score function, ``softmax`` or ``sigmoid``.
         sub_blocks: takes one decoder layer apart.
     """
 
     model_type: str
     architecture: str
+    score: str
     sub_blocks: Callable[[nn.Module], HFSubBlocks]
 
 

@@ -3,4 +3,6 @@
 from farskip.models.family import Family
 from farskip.models.hf_layer import HFSubBlocks
 
-FAMILY = Family(model_type="qwen3_moe", architecture="Qwen3MoeForCausalLM", sub_blocks=HFSubBlocks)
+FAMILY = Family(
+    model_type="qwen3_moe", architecture="Qwen3MoeForCausalLM", score="softmax", sub_blocks=HFSubBlocks
+)

@@ -30,3 +30,20 @@ class HFLanguageModel:
     def head(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """Logits [T, V]."""
         return self._model.get_output_embeddings()(hidden_TD)
+
+
+@torch.no_grad()
+def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    """Greedy continuation of a prompt. A collective for a parallel model: every rank has to give the same prompt."""
+    was_training = model.training
+    model.eval()
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    output = model.generate(
+        input_ids=ids["input_ids"],
+        attention_mask=ids["attention_mask"],
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    model.train(was_training)
+    return str(tokenizer.decode(output[0, ids["input_ids"].shape[1] :]))

@@ -1,0 +1,1 @@
+"""Hydra configuration: primary files named after the commands, and the group ``model``."""

@@ -1,0 +1,257 @@
+"""`report.md`: what a conversion cost, what was repaired, and what was hidden; as a table, a few sentences and pictures.
+
+Every figure is handed in as measured; this file computes nothing but the share of the damage that was closed, and
+prints no share where the damage is within its own noise.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from farskip.evaluation import Evaluation, damage_closed
+from farskip.metrics import METRICS_FILE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COMPUTE, _COMMUNICATION, _EXPOSED = "#4c72b0", "#55a868", "#c44e52"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One model on the held-out text.
+
+    Attributes:
+        name: original, rewired or repaired.
+        evaluation: cross entropy, and KL to the original where there is one.
+        prompt: what the model was given to continue.
+        continuation: what it wrote, greedily.
+    """
+
+    name: str
+    evaluation: Evaluation
+    prompt: str
+    continuation: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overlap:
+    """One schedule over a link, as the trace inspector and the clock saw it.
+
+    Attributes:
+        schedule: ``serial`` or ``overlapped``.
+        step_ms: wall time of each timed step on the slowest rank, in the order they ran.
+        communication_ms: time on the clock with communication, of the traced step; mean over ranks.
+        hidden_ms: of that, under compute.
+        exposed_ms: of that, not under compute.
+    """
+
+    schedule: str
+    step_ms: tuple[float, ...]
+    communication_ms: float
+    hidden_ms: float
+    exposed_ms: float
+
+
+def machine_line() -> str:
+    """Processor count, Python, torch and transformers, for the foot of a report."""
+    import os
+    from importlib.metadata import version
+
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}"
+
+
+def write_conversion_report(
+    folder: Path,
+    measured: Sequence[Measured],
+    wiring: str,
+    *,
+    link: str | None = None,
+    overlaps: Sequence[Overlap] = (),
+    metrics: Mapping[str, Path] | None = None,
+    minutes: Mapping[str, float] | None = None,
+    schedule: str = "",
+) -> Path:
+    """Write report.md and its pictures.
+
+    Args:
+        folder: run folder.
+        measured: original, rewired and repaired model.
+        wiring: what was converted to, in words.
+        link: what the overlap was measured over, in words.
+        overlaps: serial and overlapped.
+        metrics: name of a training run -> its run folder, for the loss curves.
+        minutes: name of a stage -> how long it took.
+        schedule: the printed timeline.
+
+    Returns:
+        Path of the report.
+    """
+    pictures = [_draw_damage(folder, measured)]
+    runs = metrics if metrics is not None else {"distill": folder}
+    pictures += [_draw_losses(folder, runs)]
+    if overlaps:
+        pictures.append(_draw_overlap(folder, overlaps, link or ""))
+    lines = [f"# Conversion to {wiring}", "", *_damage_lines(measured), ""]
+    lines += [f"![{picture.stem}]({picture.name})" for picture in pictures if picture.stem != "overlap"]
+    lines += ["", "## What the three models write", "", "Greedy continuation of", "", _fence(measured[0].prompt)]
+    for model in measured:
+        lines += ["", f"{model.name}:", "", _fence(model.continuation)]
+    if overlaps:
+        lines += ["", *_overlap_lines(overlaps, link or ""), "", "![overlap](overlap.png)"]
+    if schedule:
+        lines += ["", "The schedule of layers 1 and 2, forward:", "", _fence(schedule)]
+    if minutes:
+        lines += ["", "## Where the time went", "", "| stage | minutes |", "|---|--:|"]
+        lines += [f"| {name} | {value:.1f} |" for name, value in minutes.items()]
+    lines += ["", f"Machine: {machine_line()}.", ""]
+    report = folder / "report.md"
+    part = folder / ".report.md.part"
+    part.write_text("\n".join(lines))
+    part.rename(report)
+    return report
+
+
+def damage_sentence(measured: Sequence[Measured]) -> str:
+    """How much of the damage was closed, or why that is not said."""
+    original, rewired, repaired = (model.evaluation for model in measured)
+    damage = rewired.cross_entropy - original.cross_entropy
+    share = damage_closed(original, rewired, repaired)
+    if share is None:
+        return (
+            f"Rewiring changed the held-out loss by {damage:+.4f} nats per token, which is within three standard errors "
+            "of its paired difference: no share of a damage is given."
+        )
+    return (
+        f"Rewiring cost {damage:.4f} nats per token; distillation closed {100 * share:.0f} % of it "
+        f"(what remains: {repaired.cross_entropy - original.cross_entropy:+.4f})."
+    )
+
+
+def _damage_lines(measured: Sequence[Measured]) -> list[str]:
+    tokens = measured[0].evaluation.num_tokens
+    lines = [
+        f"Held-out text, {tokens} predicted tokens, 95 % intervals over sequences.",
+        "",
+        "| model | cross entropy (nats/token) | perplexity | KL(original, model) (nats/token) |",
+        "|---|--:|--:|--:|",
+    ]
+    for model in measured:
+        result = model.evaluation
+        kl = "-" if result.kl is None or result.kl_ci95 is None else f"{result.kl:.4f} ± {result.kl_ci95:.4f}"
+        lines.append(
+            f"| {model.name} | {result.cross_entropy:.4f} ± {result.cross_entropy_ci95:.4f} "
+            f"| {math.exp(result.cross_entropy):.2f} | {kl} |"
+        )
+    return [*lines, "", damage_sentence(measured)]
+
+
+def _overlap_lines(overlaps: Sequence[Overlap], link: str) -> list[str]:
+    lines = [
+        "## What was hidden",
+        "",
+        f"One training step (forward and backward, teacher left out) over {link}. Times are medians over the timed "
+        "steps; hidden and exposed are the trace inspector's figures of one traced step.",
+        "",
+        "| schedule | step (ms), min - max | communication (ms) | hidden (ms) | exposed (ms) | hidden |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for overlap in overlaps:
+        steps = sorted(overlap.step_ms)
+        share = 100 * overlap.hidden_ms / overlap.communication_ms if overlap.communication_ms else float("nan")
+        lines.append(
+            f"| {overlap.schedule} | {_median(steps):.0f}, {steps[0]:.0f} - {steps[-1]:.0f} "
+            f"| {overlap.communication_ms:.0f} | {overlap.hidden_ms:.0f} | {overlap.exposed_ms:.0f} | {share:.0f} % |"
+        )
+    serial, overlapped = (_median(sorted(overlap.step_ms)) for overlap in overlaps)
+    return [*lines, "", f"Overlapped is {serial / overlapped:.2f} times as fast as serial, and computes the same bits."]
+
+
+def _median(values: Sequence[float]) -> float:
+    middle = len(values) // 2
+    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+
+
+def _fence(text: str) -> str:
+    return f"```text\n{text}\n```"
+
+
+def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: "Figure", path: Path) -> Path:
+    part = path.with_name(f".{path.name}.part")
+    figure.savefig(part, dpi=130, format="png")
+    part.rename(path)
+    return path
+
+
+def _draw_damage(folder: Path, measured: Sequence[Measured]) -> Path:
+    figure, axes = _figure(5.2, 3.2)
+    values = [model.evaluation.cross_entropy for model in measured]
+    bars = axes.bar(
+        [model.name for model in measured],
+        values,
+        yerr=[model.evaluation.cross_entropy_ci95 for model in measured],
+        color=[_COMPUTE, _EXPOSED, _COMMUNICATION],
+        width=0.6,
+        capsize=4,
+    )
+    axes.bar_label(bars, fmt="%.3f", label_type="center", color="white")
+    axes.set_ylabel("held-out cross entropy (nats/token)")
+    return _save(figure, folder / "damage.png")
+
+
+def _draw_losses(folder: Path, runs: Mapping[str, Path]) -> Path:
+    figure, axes = _figure(6.4, 3.4)
+    for name, run in runs.items():
+        rows = _read_metrics(run / METRICS_FILE)
+        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], label=f"{name}: loss")
+        heldout = [row for row in rows if "heldout_cross_entropy" in row]
+        axes.plot(
+            [row["step"] for row in heldout],
+            [row["heldout_cross_entropy"] for row in heldout],
+            "o--",
+            label=f"{name}: held-out cross entropy",
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("nats/token")
+    axes.legend(frameon=False, fontsize=8)
+    return _save(figure, folder / "loss.png")
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _draw_overlap(folder: Path, overlaps: Sequence[Overlap], link: str) -> Path:
+    figure, axes = _figure(6.4, 2.2)
+    names = [overlap.schedule for overlap in overlaps]
+    medians = [_median(sorted(overlap.step_ms)) for overlap in overlaps]
+    exposed = [overlap.exposed_ms for overlap in overlaps]
+    axes.barh(names, [m - e for m, e in zip(medians, exposed, strict=True)], color=_COMPUTE, label="step without it")
+    axes.barh(
+        names,
+        exposed,
+        left=[m - e for m, e in zip(medians, exposed, strict=True)],
+        color=_EXPOSED,
+        label="exposed communication",
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel(f"ms per step over {link}")
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.3), ncols=2)
+    return _save(figure, folder / "overlap.png")

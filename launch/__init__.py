@@ -1,0 +1,1 @@
+"""The commands: the only code that reads argv, the environment or YAML, or that starts process groups."""

@@ -1,0 +1,203 @@
+"""Settings of the commands pretrain, distill and demo, as structured configurations for Hydra.
+
+Every field is documented by the string below it; ``--help`` prints these strings, and a test refuses a field without
+one. Settings of the text and of the training loop are documented where they are used (`farskip.data_config`,
+`farskip.training_config`).
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from farskip.data_config import DataConfig
+from farskip.training_config import CheckpointConfig, HeldoutConfig, OptimizerConfig, TrainingConfig
+
+
+class LinkKind(StrEnum):
+    """What carries the rows between ranks."""
+
+    real = "real"
+    emulated = "emulated"
+
+
+class Recompute(StrEnum):
+    """Which activations are thrown away in forward and computed again in backward."""
+
+    none = "none"
+    full = "full"
+
+
+@dataclass(kw_only=True)
+class WiringConfig:
+    """Which outputs the sub-blocks leave out."""
+
+    name: str = "farskip"
+    """ordinary, farskip, attn_only, mlp_only, ladder or parallel."""
+    layers: str = "all"
+    """Layers that get it, the rest stays ordinary: all, last:3, first:3, 2:5 (half-open) or a list as 0,4,5."""
+
+
+@dataclass(kw_only=True)
+class LinkConfig:
+    """What carries the rows between ranks."""
+
+    kind: LinkKind = LinkKind.real
+    """real: the process group itself; emulated: the same, slowed down to the bandwidth and latency below."""
+    bandwidth_gbit_s: float = 1.0
+    """Emulated link only: gigabits per second out of each rank."""
+    latency_us: float = 100.0
+    """Emulated link only: microseconds per exchange."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the ranks share the work. All ranks are data-parallel."""
+
+    ep: int = 0
+    """Ranks that share the experts of a layer (expert parallelism); 0: all ranks."""
+    schedule: str = "overlapped"
+    """overlapped: collectives run under compute; serial: every collective is waited for at once. Same function, same bits."""
+    recompute: Recompute = Recompute.none
+    """none, or full: keep only the residual streams between segments and compute the rest again in backward."""
+    recompute_layers: int = 2
+    """Layers per recomputed segment; nothing is in flight between segments."""
+    link: LinkConfig = field(default_factory=LinkConfig)
+
+
+@dataclass(kw_only=True)
+class BalanceConfig:
+    """Load balancing of the routers."""
+
+    aux_coefficient: float = 0.0
+    """Weight of the auxiliary load-balancing loss; 0: off."""
+    bias_rate: float = 0.0
+    """Step of the bias update after each optimizer step, for routers with a selection bias; 0: off."""
+
+
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """Profiler traces of training steps."""
+
+    steps: list[int] = field(default_factory=list)
+    """Optimizer steps to trace, for example [20,21]; each rank writes traces/rank<r>_step<n>.json.gz in the run folder."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where results go and how the ranks start."""
+
+    folder: str = "runs/run"
+    """Run folder: checkpoints, metrics, resolved config, schedule, and the final model in model/."""
+    resume: bool = False
+    """Continue from the newest checkpoint in the run folder, or start afresh if there is none."""
+    device: str = "auto"
+    """cpu, cuda, or auto (cuda where there is one)."""
+    timeout_s: int = 600
+    """Seconds after which a rank that does not answer ends the job."""
+    threads: int = 0
+    """CPU threads per rank; 0: the cores of the machine shared evenly among its ranks."""
+
+
+@dataclass(kw_only=True)
+class FreshModelConfig:
+    """A model to train from scratch."""
+
+    family: str = "deepseek_v3"
+    """Model family by its transformers model_type: deepseek_v3 or qwen3_moe."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Settings of the family's transformers config, such as hidden_size; model=demo or model=qwen3_tiny brings a set."""
+    seed: int = 0
+    """Seed of the initial weights."""
+
+
+@dataclass(kw_only=True)
+class CheckpointModelConfig:
+    """A model to convert."""
+
+    path: str = ""
+    """Folder of the original, in transformers' format. It is the teacher, too."""
+    dtype: str = "float32"
+    """In what teacher and student are held: float32, bfloat16, or auto (what the checkpoint has)."""
+
+
+@dataclass(kw_only=True)
+class PretrainConfig:
+    """farskip pretrain: train a model from scratch."""
+
+    model: FreshModelConfig = field(default_factory=FreshModelConfig)
+    wiring: WiringConfig = field(default_factory=lambda: WiringConfig(name="ordinary"))
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(folder="runs/pretrain"))
+
+
+@dataclass(kw_only=True)
+class DistillConfig:
+    """farskip distill: rewire a pretrained model and repair it by self-distillation from its own original."""
+
+    model: CheckpointModelConfig = field(default_factory=CheckpointModelConfig)
+    wiring: WiringConfig = field(default_factory=WiringConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(folder="runs/distill"))
+
+
+@dataclass(kw_only=True)
+class ShowConfig:
+    """What the demo measures and shows besides training."""
+
+    heldout_batches: int = 8
+    """Held-out batches per rank for the three measurements."""
+    prompt: str = "    def __init__(self, name, value=None):\n        "
+    """Text that the three models continue."""
+    new_tokens: int = 48
+    """Tokens of each continuation."""
+    timed_steps: int = 4
+    """Steps timed per schedule over the emulated link, serial and overlapped in turn; the last of each is traced."""
+
+
+def _demo_pretrain() -> TrainingConfig:
+    return TrainingConfig(
+        num_steps=450,
+        log_every=25,
+        tensorboard=True,
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
+        heldout=HeldoutConfig(every_steps=150, num_batches=2),
+        checkpoint=CheckpointConfig(every_steps=0, keep_last=1),
+    )
+
+
+def _demo_distill() -> TrainingConfig:
+    return TrainingConfig(
+        num_steps=200,
+        log_every=20,
+        tensorboard=True,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, weight_decay=0.0),
+        heldout=HeldoutConfig(every_steps=50, num_batches=2),
+        checkpoint=CheckpointConfig(every_steps=0, keep_last=1),
+    )
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """farskip demo: pretrain a small model, rewire it, measure the damage, repair it, show what was hidden."""
+
+    model: FreshModelConfig = field(default_factory=FreshModelConfig)
+    wiring: WiringConfig = field(default_factory=WiringConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    pretrain: TrainingConfig = field(default_factory=_demo_pretrain)
+    distill: TrainingConfig = field(default_factory=_demo_distill)
+    balance: BalanceConfig = field(default_factory=lambda: BalanceConfig(bias_rate=1e-3))
+    parallel: ParallelConfig = field(
+        default_factory=lambda: ParallelConfig(link=LinkConfig(kind=LinkKind.real, bandwidth_gbit_s=1.0))
+    )
+    show: ShowConfig = field(default_factory=ShowConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(folder="runs/demo", timeout_s=300))
+    ranks: int = 2
+    """Processes that the demo starts on this machine."""

@@ -1,0 +1,129 @@
+"""`farskip distill`: rewire a pretrained model, measure the damage, repair it by distillation from its own original."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from farskip.evaluation import Evaluation
+from farskip.launch.config import DistillConfig
+from farskip.launch.hydra_command import run_hydra
+from farskip.launch.ranks import Ranks, torchrun_ranks
+from farskip.report import Measured, write_conversion_report
+
+INTRO = """
+usage: farskip distill model.path=DIR data.path=DIR [key=value ...]
+       torchrun --nproc-per-node=8 --no-python farskip distill model.path=DIR data.path=DIR [key=value ...]
+
+Rewires the skip connections of a pretrained model and repairs the damage by self-distillation: the frozen original is
+the teacher, the loss is the forward KL to it. Leaves the converted model in <run.folder>/model and a report with the
+held-out loss of original, rewired and repaired model in <run.folder>/report.md.
+"""
+
+DTYPES = ("float32", "bfloat16", "auto")
+
+
+def main(argv: list[str]) -> int:
+    """Entry of the command."""
+    return run_hydra("distill", DistillConfig, _start, argv, intro=INTRO)
+
+
+def _start(config: DistillConfig) -> None:
+    with torchrun_ranks(config.run) as ranks:
+        outcome = distill(ranks, config)
+        if ranks.rank == 0:
+            folder = Path(config.run.folder)
+            write_conversion_report(folder, outcome.measured, outcome.wiring)
+            print(f"report: {folder / 'report.md'}  model: {folder / 'model'}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """What a conversion has shown. Equal on all ranks.
+
+    Attributes:
+        measured: original, rewired and repaired model, in this order.
+        wiring: what was converted to, in words.
+    """
+
+    measured: tuple[Measured, ...]
+    wiring: str
+
+
+def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens: int = 48) -> Conversion:
+    """The conversion loop: rewire, measure, distill, measure, export. A collective.
+
+    Args:
+        ranks: this process among the others.
+        config: the command's configuration.
+        prompt: text that the three models continue; the start of a held-out text if empty.
+        new_tokens: length of the continuations.
+    """
+    import torch
+
+    from farskip.launch import job
+    from farskip.models.language_model import continue_text
+    from farskip.models.pretrained import load
+    from farskip.models.surgery import rewire, wiring_of
+    from farskip.objectives import DistillationObjective
+
+    config.training.check()
+    folder = Path(config.run.folder)
+    if ranks.rank == 0:
+        job.check_run_folder(folder, resume=config.run.resume)
+    if not config.model.path:
+        raise ValueError("model.path is empty: give the folder of the original, e.g. model.path=/home/me/model")
+    if config.model.dtype not in DTYPES:
+        raise ValueError(f"model.dtype={config.model.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    if config.data.tokenizer is None:
+        config.data.tokenizer = config.model.path
+    dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    original, student = load(config.model.path, dtype=dtype), load(config.model.path, dtype=dtype)
+    rewire(student, config.wiring.name, job.parse_layers(config.wiring.layers))
+    if wiring_of(student) == wiring_of(original):
+        raise ValueError(f"wiring: {config.model.path} is wired as {wiring_of(original)} already: nothing to repair")
+    tokenizer, data = job.build_text(config.data, ranks)
+    mesh = job.build_job_mesh(config.parallel, ranks)
+    teacher = job.prepare(original, config.parallel, config.balance, ranks, mesh, frozen=True)
+    prepared = job.prepare(student, config.parallel, config.balance, ranks, mesh)
+    job.write_plan(prepared, config, folder, ranks)
+    text = prompt or _heldout_prompt(tokenizer, data)
+    num_batches = config.training.heldout.num_batches
+
+    def measured(name: str, which: Any, against: Any) -> Measured:
+        evaluation: Evaluation = job.measure(which, data, config.training, num_batches, against)
+        continuation = continue_text(which.model, tokenizer, text, new_tokens)
+        if ranks.rank == 0:
+            print(f"{name}: {evaluation.cross_entropy:.4f} nats per token on held-out text", flush=True)
+        return Measured(name=name, evaluation=evaluation, prompt=text, continuation=continuation)
+
+    before = (measured("original", teacher, None), measured("rewired", prepared, teacher))
+    objective = DistillationObjective(
+        prepared.language_model,
+        teacher.language_model,
+        positions=config.training.distilled_positions,
+        chunk_tokens=config.training.loss_chunk_tokens,
+    )
+    job.run_training(
+        prepared,
+        objective,
+        data,
+        config.training,
+        folder,
+        ranks,
+        resume=config.run.resume,
+        trace_steps=config.profile.steps,
+    )
+    outcome = (*before, measured("repaired", prepared, teacher))
+    job.export(prepared, tokenizer, folder / "model", ranks)
+    return Conversion(measured=outcome, wiring=str(wiring_of(student)))
+
+
+def _heldout_prompt(tokenizer: Any, data: Any) -> str:
+    """The first tokens of the held-out text, equal on all ranks up to sharding: rank 0's choice is broadcast."""
+    import torch.distributed as dist
+
+    first = data.heldout_batches(1)[0].input_ids_BS[0, :16]
+    box = [str(tokenizer.decode(first))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]

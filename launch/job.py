@@ -1,0 +1,250 @@
+"""What pretrain, distill and demo have in common: from a configuration and ranks to a model that is ready to train.
+
+Order matters and is the same everywhere: text, model, wiring, parallel, balancer, training, best weights, export.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from farskip.checkpoint import CheckpointStore, latest_checkpoint
+from farskip.data import TextData, build_data, build_tokenizer
+from farskip.data_config import DataConfig
+from farskip.evaluation import Evaluation, evaluate
+from farskip.launch.config import BalanceConfig, LinkConfig, LinkKind, ParallelConfig, Recompute
+from farskip.launch.ranks import Ranks
+from farskip.models.attach import attachment_of, layers_of
+from farskip.models.balancing import balance_model
+from farskip.models.language_model import HFLanguageModel
+from farskip.models.parallelize import parallelize
+from farskip.models.pretrained import save
+from farskip.models.surgery import rewire, wiring_of
+from farskip.optimizer import build_optimizer
+from farskip.parallel.collectives import ProcessGroupLink
+from farskip.parallel.data_parallel import DataParallel
+from farskip.parallel.emulated_link import EmulatedLink
+from farskip.parallel.mesh import EP_AXIS, build_mesh
+from farskip.profiling import StepTracer
+from farskip.shutdown import ShutdownRequest
+from farskip.trainer import CHECKPOINTS, TrainResult, train
+from farskip.training_config import TrainingConfig
+from farskip.training_protocols import Communicator, Objective, SingleProcess
+from farskip.training_state import tensors_to_fill
+from farskip.wiring import Wiring
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A model that is attached, parallel and ready to train or to teach.
+
+    Attributes:
+        model: the transformers model.
+        language_model: the same for the training loop.
+        communicator: its ranks.
+        balancer: moves its routers' biases, if asked for.
+    """
+
+    model: Any
+    language_model: HFLanguageModel
+    communicator: Communicator
+    balancer: Any
+
+
+def build_text(config: DataConfig, ranks: Ranks) -> tuple[Any, TextData]:
+    """Tokenizer and text of this rank. A collective."""
+    tokenizer = build_tokenizer(config, config.cache_dir)
+    data = build_data(config, tokenizer, rank=ranks.rank, world_size=ranks.world_size, barrier=_barrier(ranks))
+    if ranks.rank == 0:
+        print(data.describe(), flush=True)
+    return tokenizer, data
+
+
+def build_job_mesh(parallel: ParallelConfig, ranks: Ranks) -> DeviceMesh | None:
+    """The mesh of all ranks; None for a world of one."""
+    if ranks.world_size == 1:
+        if parallel.ep > 1:
+            raise ValueError(f"parallel.ep={parallel.ep} needs as many ranks: start with torchrun --nproc-per-node")
+        return None
+    return build_mesh(parallel.ep or ranks.world_size, ranks.device.partition(":")[0])
+
+
+def prepare(
+    model: Any,
+    parallel: ParallelConfig,
+    balance: BalanceConfig,
+    ranks: Ranks,
+    mesh: DeviceMesh | None,
+    *,
+    frozen: bool = False,
+) -> Prepared:
+    """Move a rewired model to its device, spread its experts, attach recomputation and balancing. A collective."""
+    model.to(ranks.device)
+    model.requires_grad_(not frozen)
+    model.train(not frozen)
+    if attachment_of(model) is None:
+        rewire(model, wiring_of(model))
+    if mesh is not None:
+        parallelize(model, mesh, parallel.schedule, link=build_link(parallel.link, mesh))
+    attachment = attachment_of(model)
+    assert attachment is not None
+    if parallel.recompute is Recompute.full and not frozen:
+        if parallel.recompute_layers < 1:
+            raise ValueError(f"parallel.recompute_layers={parallel.recompute_layers} is too small; use at least 1")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        attachment.checkpoint_layers = parallel.recompute_layers
+    communicator: Communicator = SingleProcess(model)
+    if mesh is not None:
+        dispatcher: Any = attachment.executor.dispatcher
+        communicator = DataParallel(
+            mesh,
+            dict(model.named_parameters()),
+            sharded=attachment.sharded_experts,
+            links=[dispatcher.link] if dispatcher is not None else [],
+        )
+    balancer = None
+    if not frozen:
+        balancer = balance_model(
+            model,
+            aux_coefficient=balance.aux_coefficient,
+            bias_rate=balance.bias_rate,
+            sum_over_ranks=communicator.all_reduce_sum,
+        )
+    return Prepared(
+        model=model, language_model=HFLanguageModel(model), communicator=communicator, balancer=balancer
+    )
+
+
+def build_link(config: LinkConfig, mesh: DeviceMesh) -> ProcessGroupLink:
+    """The link over the ``ep`` axis."""
+    group = mesh.get_group(EP_AXIS)
+    if config.kind is LinkKind.emulated:
+        return EmulatedLink(group, bandwidth_gbit_s=config.bandwidth_gbit_s, latency_us=config.latency_us)
+    return ProcessGroupLink(group)
+
+
+def parse_layers(layers: str) -> str | Sequence[int]:
+    """``all``, ``last:3``, ``first:3``, ``2:5`` as they are; ``0,4,5`` as a list."""
+    parts = [part.strip() for part in layers.strip("[]").split(",")]
+    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else layers
+
+
+def run_training(
+    prepared: Prepared,
+    objective: Objective,
+    data: TextData,
+    config: TrainingConfig,
+    folder: Path,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    trace_steps: Sequence[int] = (),
+) -> TrainResult:
+    """Train, then leave the best weights (the last ones without evaluation) in the model. A collective."""
+    shutdown = ShutdownRequest()
+    shutdown.install()
+    attachment = attachment_of(prepared.model)
+    assert attachment is not None
+    newest = latest_checkpoint(folder / CHECKPOINTS) if resume else None
+    with StepTracer(attachment.executor, folder / "traces", trace_steps, rank=ranks.rank) as tracer:
+        try:
+            result = train(
+                objective,
+                data,
+                prepared.communicator,
+                config,
+                folder,
+                balancer=prepared.balancer,
+                shutdown=shutdown,
+                on_step=[tracer],
+                resume=newest,
+            )
+        finally:
+            shutdown.uninstall()
+    if result.best_checkpoint is not None and result.best_checkpoint != result.last_checkpoint:
+        _load_weights(prepared, config, folder, result.best_checkpoint)
+    if ranks.rank == 0:
+        print(f"{folder}: {result.reason} after step {result.progress.step}", flush=True)
+    return result
+
+
+def measure(
+    prepared: Prepared, data: TextData, config: TrainingConfig, num_batches: int, teacher: Prepared | None = None
+) -> Evaluation:
+    """Held-out cross entropy, and KL to the teacher. A collective."""
+    was_training = prepared.model.training
+    prepared.model.eval()
+    result = evaluate(
+        prepared.language_model,
+        data.heldout_batches(num_batches),
+        prepared.communicator,
+        teacher=teacher.language_model if teacher is not None else None,
+        precision=config.precision,
+        positions=config.distilled_positions,
+        chunk_tokens=config.loss_chunk_tokens,
+    )
+    prepared.model.train(was_training)
+    return result
+
+
+def write_plan(prepared: Prepared, config: Any, folder: Path, ranks: Ranks) -> None:
+    """The resolved configuration and the schedule, beside the run."""
+    if ranks.rank != 0:
+        return
+    from omegaconf import OmegaConf
+
+    attachment = attachment_of(prepared.model)
+    assert attachment is not None
+    recompute = attachment.segments(recompute=any(layer.gradient_checkpointing for layer in layers_of(prepared.model)))
+    schedule = attachment.executor.schedule(recompute)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    _write(folder / "schedule.json", json.dumps(schedule.to_dict(), indent=1) + "\n")
+    text = [f"{wiring_of(prepared.model)}, {schedule.mode}", "", "forward", schedule.timeline("forward")]
+    _write(folder / "schedule.txt", "\n".join([*text, "", "backward", schedule.timeline("backward"), ""]))
+
+
+def export(prepared: Prepared, tokenizer: Any, path: Path, ranks: Ranks) -> None:
+    """Write the model with its tokenizer, loadable by `farskip.load`. A collective."""
+    save(prepared.model, path)
+    if ranks.rank == 0:
+        tokenizer.save_pretrained(path)
+    _barrier(ranks)()
+
+
+def named_wiring(name: str, layers: str, num_layers: int) -> Wiring:
+    """The wiring of a configuration."""
+    return Wiring.named(name, num_layers, parse_layers(layers))
+
+
+def _load_weights(prepared: Prepared, config: TrainingConfig, folder: Path, checkpoint: Path) -> None:
+    module = prepared.model
+    device = next(module.parameters()).device
+    store = CheckpointStore(folder / CHECKPOINTS, prepared.communicator, keep_last=1, device=device)
+    optimizer = build_optimizer(module, config.optimizer)
+    store.load(checkpoint, lambda names: tensors_to_fill(names, module, optimizer, prepared.communicator))
+
+
+def _barrier(ranks: Ranks) -> Any:
+    return dist.barrier if ranks.world_size > 1 else lambda: None
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.rename(path)
+
+
+def check_run_folder(folder: Path, *, resume: bool) -> None:
+    """Refuse a folder that already holds a finished or begun run, before any work is done.
+
+    Raises:
+        ValueError: the folder is in use and `resume` is off.
+    """
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"run.folder={folder} is not empty: give another folder, or run.resume=true to continue")

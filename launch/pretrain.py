@@ -1,0 +1,62 @@
+"""`farskip pretrain`: train a mixture-of-experts model from scratch, under any wiring."""
+
+from pathlib import Path
+
+from farskip.launch.config import PretrainConfig
+from farskip.launch.hydra_command import run_hydra
+from farskip.launch.ranks import Ranks, torchrun_ranks
+
+INTRO = """
+usage: farskip pretrain data.path=DIR [key=value ...]
+       torchrun --nproc-per-node=8 --no-python farskip pretrain data.path=DIR [key=value ...]
+
+Trains a model from scratch on text: a folder of text, JSONL or Parquet files, or a saved `datasets` folder. Leaves the
+model in <run.folder>/model, in transformers' format.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Entry of the command."""
+    return run_hydra("pretrain", PretrainConfig, _start, argv, intro=INTRO)
+
+
+def _start(config: PretrainConfig) -> None:
+    with torchrun_ranks(config.run) as ranks:
+        pretrain(ranks, config)
+
+
+def pretrain(ranks: Ranks, config: PretrainConfig) -> None:
+    """Train from scratch and export. A collective."""
+    from farskip.launch import job
+    from farskip.models.fresh import build_model
+    from farskip.models.surgery import rewire
+    from farskip.objectives import PretrainObjective
+
+    config.training.check()
+    folder = Path(config.run.folder)
+    if ranks.rank == 0:
+        job.check_run_folder(folder, resume=config.run.resume)
+    tokenizer, data = job.build_text(config.data, ranks)
+    mesh = job.build_job_mesh(config.parallel, ranks)
+    model = build_model(
+        config.model.family,
+        config.model.config,
+        vocab_size=len(tokenizer),
+        end_of_document_id=tokenizer.eos_token_id,
+        seed=config.model.seed,
+    )
+    rewire(model, config.wiring.name, job.parse_layers(config.wiring.layers))
+    prepared = job.prepare(model, config.parallel, config.balance, ranks, mesh)
+    job.write_plan(prepared, config, folder, ranks)
+    objective = PretrainObjective(prepared.language_model, chunk_tokens=config.training.loss_chunk_tokens)
+    job.run_training(
+        prepared,
+        objective,
+        data,
+        config.training,
+        folder,
+        ranks,
+        resume=config.run.resume,
+        trace_steps=config.profile.steps,
+    )
+    job.export(prepared, tokenizer, folder / "model", ranks)

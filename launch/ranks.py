@@ -1,0 +1,176 @@
+"""The ranks of a job: those that torchrun started, or those that a command starts itself on this machine.
+
+The only place that reads torchrun's environment and starts and ends process groups.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import wait as wait_for_any
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from farskip.launch.config import RunConfig
+
+_GRACE_S = 30.0
+"""How long the other ranks may take to end by themselves after one has failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """This process among the ranks of the job.
+
+    Attributes:
+        rank: 0 .. world_size-1.
+        world_size: number of ranks.
+        device: ``cpu`` or ``cuda:<n>``.
+    """
+
+    rank: int
+    world_size: int
+    device: str
+
+
+@contextmanager
+def torchrun_ranks(run: RunConfig) -> Iterator[Ranks]:
+    """The ranks that torchrun started; a world of one without it. The default process group stands inside the block.
+
+    Raises:
+        ValueError: the device is unknown or missing.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with _process_group(run, rank, world_size, local_rank, local_size, "env://") as ranks:
+        yield ranks
+
+
+@contextmanager
+def _process_group(
+    run: RunConfig, rank: int, world_size: int, local_rank: int, local_size: int, init_method: str
+) -> Iterator[Ranks]:
+    import torch
+    import torch.distributed as dist
+
+    device = _device(run.device, local_rank)
+    if run.threads < 0 or run.timeout_s < 1:
+        raise ValueError(f"run.threads={run.threads} and run.timeout_s={run.timeout_s} must be at least 0 and 1")
+    if run.threads or local_size > 1:
+        torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // local_size))
+    if world_size == 1:
+        yield Ranks(rank=0, world_size=1, device=device)
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.startswith("cuda") else "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=run.timeout_s),
+    )
+    try:
+        yield Ranks(rank=rank, world_size=world_size, device=device)
+    finally:
+        # Without this the process can abort at exit.
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> str:
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"run.device={name!r} is unknown; use cpu, cuda or auto")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device=cuda, but torch sees no CUDA device here; use run.device=cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{local_rank}"
+
+
+def run_on_local_ranks(job: Callable[[Ranks, Any], None], config: Any, run: RunConfig, world_size: int) -> None:
+    """Start `world_size` processes on this machine, run `job` in each, and wait for all of them.
+
+    Args:
+        job: a module-level function, called with (ranks, config).
+        config: picklable; handed to every rank.
+        run: device, timeout and threads.
+        world_size: number of processes.
+
+    Raises:
+        RuntimeError: a rank failed; names it. The others are ended within a minute.
+
+    Note: SIGTERM and SIGINT of this process are passed on to the ranks.
+    """
+    if world_size < 1:
+        raise ValueError(f"ranks={world_size} is too small; use at least 1")
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="farskip-") as folder:
+        store = str(Path(folder) / "store")
+        processes = [
+            context.Process(target=_local_rank, args=(job, config, run, rank, world_size, store), name=f"rank {rank}")
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        with _signals_passed_on(processes):
+            _wait_for(processes)
+
+
+def _local_rank(
+    job: Callable[[Ranks, Any], None], config: Any, run: RunConfig, rank: int, world_size: int, store: str
+) -> None:
+    from farskip.launch.main import one_line
+
+    # The parent passes on what the user means; a terminal would send Ctrl-C to every process at once.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with _process_group(run, rank, world_size, rank, world_size, f"file://{store}") as ranks:
+            job(ranks, config)
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("FARSKIP_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"rank {rank}: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def _wait_for(processes: list[BaseProcess]) -> None:
+    running = list(processes)
+    failed: BaseProcess | None = None
+    deadline = float("inf")
+    while running and time.monotonic() < deadline:
+        wait_for_any([process.sentinel for process in running], timeout=min(1.0, deadline - time.monotonic()))
+        for process in [process for process in running if process.exitcode is not None]:
+            running.remove(process)
+            if process.exitcode and failed is None:
+                failed, deadline = process, time.monotonic() + _GRACE_S
+    for process in running:
+        process.kill()
+        process.join()
+    if failed is not None:
+        code = failed.exitcode or 0
+        how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise RuntimeError(f"{failed.name} of {len(processes)} {how}; its message stands above")
+
+
+@contextmanager
+def _signals_passed_on(processes: list[BaseProcess]) -> Iterator[None]:
+    def pass_on(number: int, frame: Any) -> None:
+        for process in processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGTERM)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
