@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from farskip.pending import Pending
 
@@ -82,6 +83,7 @@ class _Launch(torch.autograd.Function):
         return in_flight._start(tensor.detach(), backward=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, placeholder: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.in_flight._finish(backward=True), None
 
@@ -95,6 +97,7 @@ class _Wait(torch.autograd.Function):
         return result.view_as(result)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         ctx.in_flight._start(gradient, backward=True)
         # What autograd hands on to `_Launch` is only a token: uneven splits give the real gradient another shape, and

@@ -5,8 +5,8 @@ chosen and P_te the router's probabilities:
 
     loss = E * coefficient / (K * T^2) * sum_e f_e * sum_t P_te
 
-f is counted over all ranks and is a constant; so the gradient on k ranks is that on one rank with the whole batch. It is
-injected by an identity node on the routing weights, so that it also works inside a recomputed segment.
+f is counted over all ranks and is a constant; so the gradient on k ranks is that on one rank with the whole batch. It
+is injected by an identity node on the routing weights, so that it also works inside a recomputed segment.
 
 Bias update, after each optimizer step, where the router has a selection bias:
 
@@ -135,7 +135,7 @@ class _AddLoss(torch.autograd.Function):
 
 
 def selection_biases(gates: Sequence[Any]) -> dict[int, torch.Tensor]:
-    """The selection biases of routers that have one, by position in `gates`; None entries are layers without a router."""
+    """The selection biases of routers that have one, by position in `gates`; None stands for a layer without router."""
     return {
         layer: gate.e_score_correction_bias
         for layer, gate in enumerate(gates)

@@ -225,12 +225,15 @@ class _SegmentRun:
         ended = self._begin(Key(layer, ATTENTION_IN))
         reached_core: list[Ended] = []
 
-        def seam(*projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            projected = self._mark_outputs(Key(layer, ATTENTION_IN), *projected)
+        def seam(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            query, key, value = self._mark_outputs(Key(layer, ATTENTION_IN), query, key, value)
             ended()
             self._advance(until=core)
             reached_core.append(self._begin(core))
-            return self._mark_inputs(core, *projected)
+            query, key, value = self._mark_inputs(core, query, key, value)
+            return query, key, value
 
         (stream_BSD,) = self._mark_inputs(Key(layer, ATTENTION_IN), stream_BSD)
         output_BSD = block.attention(block.attention_norm(stream_BSD), seam, self._arguments[layer])
@@ -250,9 +253,7 @@ class _SegmentRun:
     def _shared(self, layer: int) -> None:
         self._simple(layer, SHARED, SHARED, self._executor.sub_blocks[layer].shared)
 
-    def _simple(
-        self, layer: int, stage: str, block: str, compute: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
+    def _simple(self, layer: int, stage: str, block: str, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """A sub-block that is one stage: normed stream in, output out."""
         source = self._executor.inputs[layer].source(block)
         ended = self._begin(Key(layer, stage))
@@ -316,6 +317,8 @@ class _SegmentRun:
     # observation: free when nobody looks
 
     def _begin(self, key: Key, do: Do = Do.RUN, direction: str = "forward") -> Ended:
+        if not self._executor.observers:
+            return _nothing
         ends = [observe(Instruction(do, key), direction) for observe in self._executor.observers]
 
         def end() -> None:
@@ -357,3 +360,7 @@ class _SegmentRun:
         ended, self._backward_ended = self._backward_ended, None
         if ended is not None:
             ended()
+
+
+def _nothing() -> None:
+    return None

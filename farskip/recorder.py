@@ -77,5 +77,3 @@ def check_order(steps: Sequence[Instruction], graph: StageGraph) -> None:
 
 def _nothing() -> None:
     return None
-
-

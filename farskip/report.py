@@ -1,4 +1,4 @@
-"""`report.md`: what a conversion cost, what was repaired, and what was hidden; as a table, a few sentences and pictures.
+"""`report.md`: what a conversion cost, what was repaired, what was hidden; as tables, sentences and pictures.
 
 Every figure is handed in as measured; this file computes nothing but the share of the damage that was closed, and
 prints no share where the damage is within its own noise.
@@ -125,8 +125,8 @@ def damage_sentence(measured: Sequence[Measured]) -> str:
     share = damage_closed(original, rewired, repaired)
     if share is None:
         return (
-            f"Rewiring changed the held-out loss by {damage:+.4f} nats per token, which is within three standard errors "
-            "of its paired difference: no share of a damage is given."
+            f"Rewiring changed the held-out loss by {damage:+.4f} nats per token, which is within three standard "
+            "errors of its paired difference: no share of a damage is given."
         )
     return (
         f"Rewiring cost {damage:.4f} nats per token; distillation closed {100 * share:.0f} % of it "

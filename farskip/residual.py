@@ -59,7 +59,7 @@ def stream_uses(inputs: Sequence[LayerInputs]) -> Uses:
         for block in (ATTENTION, MLP, ROUTED):
             uses[Value(layer, block)] = (_ADD_X,)
         for source in mlp_sources:
-            wanted = []
+            wanted: list[str] = []
             for block, names in ((MLP, (MLP,)), (ROUTED, (GATE, ROWS)), (SHARED, (SHARED,))):
                 if block in here.blocks and here.source(block) is source:
                     wanted += names

@@ -121,7 +121,7 @@ def _layer_stages(
         Stage(key(ATTENTION_IN), _unique(needs[reads.source(ATTENTION)] + one_at_a_time)),
         Stage(key(ATTENTION_CORE), (key(ATTENTION_IN),)),
     ]
-    outputs = {ATTENTION: (key(ATTENTION_CORE),)}
+    outputs: dict[str, tuple[Key, ...]] = {ATTENTION: (key(ATTENTION_CORE),)}
     if MLP in reads.blocks:
         stages.append(Stage(key(MLP), _unique(needs[reads.source(MLP)])))
         outputs[MLP] = (key(MLP),)

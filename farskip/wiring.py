@@ -173,7 +173,9 @@ class Wiring:
             ValueError: wrong number of layers, or a table that breaks one of the two rules of this module.
         """
         if len(blocks) != self.num_layers:
-            raise ValueError(f"wiring has {self.num_layers} layers, the model {len(blocks)}: build it with {len(blocks)}")
+            raise ValueError(
+                f"wiring has {self.num_layers} layers, the model {len(blocks)}: build it with {len(blocks)}"
+            )
         resolved = []
         previous: LayerBlocks = ()
         for index, (layer, here) in enumerate(zip(self.layers, blocks, strict=True)):

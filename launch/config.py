@@ -56,7 +56,7 @@ class ParallelConfig:
     ep: int = 0
     """Ranks that share the experts of a layer (expert parallelism); 0: all ranks."""
     schedule: str = "overlapped"
-    """overlapped: collectives run under compute; serial: every collective is waited for at once. Same function, same bits."""
+    """overlapped: collectives run under compute; serial: each is waited for at once. Same function, same bits."""
     recompute: Recompute = Recompute.none
     """none, or full: keep only the residual streams between segments and compute the rest again in backward."""
     recompute_layers: int = 2
@@ -79,7 +79,7 @@ class ProfileConfig:
     """Profiler traces of training steps."""
 
     steps: list[int] = field(default_factory=list)
-    """Optimizer steps to trace, for example [20,21]; each rank writes traces/rank<r>_step<n>.json.gz in the run folder."""
+    """Optimizer steps to trace, e.g. [20,21]; each rank writes traces/rank<r>_step<n>.json.gz in the run folder."""
 
 
 @dataclass(kw_only=True)
@@ -105,7 +105,7 @@ class FreshModelConfig:
     family: str = "deepseek_v3"
     """Model family by its transformers model_type: deepseek_v3 or qwen3_moe."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Settings of the family's transformers config, such as hidden_size; model=demo or model=qwen3_tiny brings a set."""
+    """Settings of the family's transformers config, as hidden_size; model=demo or model=qwen3_tiny brings a set."""
     seed: int = 0
     """Seed of the initial weights."""
 

@@ -159,7 +159,7 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
         return float(slowest)
 
     times: dict[str, list[float]] = {schedule: [] for schedule in variants}
-    for schedule, prepared in variants.items():
+    for prepared in variants.values():
         step(prepared)  # the first step allocates; it is not timed
     for _ in range(config.show.timed_steps):
         for schedule, prepared in variants.items():

@@ -10,10 +10,9 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
-from functools import cache
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 
@@ -23,7 +22,7 @@ _HYDRA_FLAGS = ("--multirun", "-m", "--cfg", "-c", "--package", "-p", "--info", 
 def run_hydra(
     command: str, config_class: type[Config], job: Callable[[Config], None], argv: list[str], *, intro: str
 ) -> int:
-    """Compose the configuration of a command and run its job on it, once or, with ``--multirun``, for every combination.
+    """Compose the configuration of a command and run its job on it, once or, with ``--multirun``, for each combination.
 
     Args:
         command: name of the command and of its primary configuration in ``farskip.conf``.
@@ -39,15 +38,15 @@ def run_hydra(
         ValueError: an override that does not fit; names the nearest key.
     """
     if any(word in ("-h", "--help") for word in argv):
-        print(help_text(command, config_class, intro), end="")
+        _register(command, config_class)
+        print(help_text(_compose(command, []), intro), end="")
         return 0
     unknown = [word for word in argv if word.startswith("-") and word.partition("=")[0] not in _HYDRA_FLAGS]
     if unknown:
         raise ValueError(f"there is no option {unknown[0]!r}; settings are given as key=value, --help lists them")
     _register(command, config_class)
-    multirun = any(word in ("--multirun", "-m") for word in argv)
-    if not multirun:
-        _check_overrides(command, config_class, [word for word in argv if not word.startswith("-")])
+    if not any(word.startswith("-") for word in argv):  # with a flag of its own, Hydra checks the overrides itself
+        _check_overrides(command, config_class, argv)
     failures: list[BaseException] = []
 
     def hydra_job(composed: Any) -> None:
@@ -65,42 +64,37 @@ def run_hydra(
     return 0
 
 
-def help_text(command: str, config_class: type, intro: str) -> str:
-    """What ``farskip COMMAND --help`` prints."""
+def help_text(config: Any, intro: str) -> str:
+    """What ``farskip COMMAND --help`` prints, for the configuration that the command has without overrides."""
     lines = [intro.strip(), "", "settings (key=default):", ""]
-    for key, default, doc in documented_keys(config_class):
+    for key, default, doc in documented_keys(config):
         lines.append(f"  {key}={_shown(default)}")
         lines += textwrap.wrap(doc, 110, initial_indent="      ", subsequent_indent="      ")
     lines += [
         "",
-        "A list is written [1,2], null is null, and text with spaces needs quotes inside quotes: 'show.prompt=\"a b\"'.",
+        "A list is written [1,2], nothing is null, text with spaces needs quotes inside quotes: 'show.prompt=\"a b\"'.",
         "--multirun runs every combination of comma-separated values; --cfg job prints the resolved configuration.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def documented_keys(config_class: type) -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, default, meaning) of every setting.
+def documented_keys(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, value, meaning) of every setting of a configuration.
 
     Raises:
         ValueError: a field without a string below it.
     """
-    yield from _keys(config_class, config_class(), "")
-
-
-def _keys(config_class: type, instance: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
-    documented = _field_docs(config_class)
-    for field in fields(config_class):
-        value = getattr(instance, field.name)
+    documented = _field_docs(type(config))
+    for field in fields(config):
+        value = getattr(config, field.name)
         if is_dataclass(value):
-            yield from _keys(type(value), value, f"{prefix}{field.name}.")
+            yield from documented_keys(value, f"{prefix}{field.name}.")
         elif field.name not in documented:
-            raise ValueError(f"{config_class.__name__}.{field.name} is not documented: put a string below the field")
+            raise ValueError(f"{type(config).__name__}.{field.name} is not documented: put a string below the field")
         else:
             yield f"{prefix}{field.name}", value, documented[field.name]
 
 
-@cache
 def _field_docs(config_class: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]
     assert isinstance(body, ast.ClassDef)
@@ -120,7 +114,7 @@ def _field_docs(config_class: type) -> dict[str, str]:
 def _shown(value: Any) -> str:
     if isinstance(value, Enum):
         return str(value.value)
-    if value is None or value is MISSING:
+    if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
@@ -130,30 +124,35 @@ def _shown(value: Any) -> str:
 def _register(command: str, config_class: type) -> None:
     from hydra.core.config_store import ConfigStore
 
-    store = ConfigStore.instance()
-    store.store(name=f"{command}_schema", node=config_class)
+    ConfigStore.instance().store(name=f"{command}_schema", node=config_class)
 
 
-def _check_overrides(command: str, config_class: type, overrides: list[str]) -> None:
+def _compose(command: str, overrides: list[str]) -> Any:
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("farskip.conf", version_base="1.3"):
-            OmegaConf.to_object(compose(command, overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error, config_class, overrides)) from None
+            return OmegaConf.to_object(compose(command, overrides))
     finally:
         GlobalHydra.instance().clear()
 
 
+def _check_overrides(command: str, config_class: type, overrides: list[str]) -> None:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        _compose(command, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, config_class, overrides)) from None
+
+
 def _explain(error: BaseException, config_class: type, overrides: list[str]) -> str:
     """One line for a wrong override: the nearest key if the key is wrong, else what Hydra says of the value."""
-    known = {key: type(default) for key, default, _ in documented_keys(config_class)}
+    known = {key: type(default) for key, default, _ in documented_keys(config_class())}
     groups = {key.rsplit(".", 1)[0] for key in known if "." in key}
     free = [key for key, kind in known.items() if kind is dict]
     for override in overrides:

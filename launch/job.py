@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -115,9 +114,7 @@ def prepare(
             bias_rate=balance.bias_rate,
             sum_over_ranks=communicator.all_reduce_sum,
         )
-    return Prepared(
-        model=model, language_model=HFLanguageModel(model), communicator=communicator, balancer=balancer
-    )
+    return Prepared(model=model, language_model=HFLanguageModel(model), communicator=communicator, balancer=balancer)
 
 
 def build_link(config: LinkConfig, mesh: DeviceMesh) -> ProcessGroupLink:

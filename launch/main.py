@@ -51,6 +51,11 @@ COMMANDS: tuple[Command, ...] = (
         module="farskip.launch.distill",
         help="rewire a pretrained model and repair it by self-distillation",
     ),
+    Command(
+        name="trace",
+        module="farskip.launch.trace",
+        help="measure in profiler traces how much communication was exposed",
+    ),
 )
 
 

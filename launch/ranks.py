@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -142,7 +142,7 @@ def _local_rank(
         sys.exit(1)
 
 
-def _wait_for(processes: list[BaseProcess]) -> None:
+def _wait_for(processes: Sequence[BaseProcess]) -> None:
     running = list(processes)
     failed: BaseProcess | None = None
     deadline = float("inf")
@@ -162,7 +162,7 @@ def _wait_for(processes: list[BaseProcess]) -> None:
 
 
 @contextmanager
-def _signals_passed_on(processes: list[BaseProcess]) -> Iterator[None]:
+def _signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[None]:
     def pass_on(number: int, frame: Any) -> None:
         for process in processes:
             if process.pid is not None and process.is_alive():

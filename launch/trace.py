@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,11 +28,14 @@ CANNOT_JUDGE = 2
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     command = argparse.ArgumentParser(
-        prog="farskip trace", description="How much communication was hidden under compute, what stayed exposed, and why."
+        prog="farskip trace",
+        description="How much communication was hidden under compute, what stayed exposed, and why.",
     )
     add = command.add_argument
     add("files", nargs="+", metavar="FILE", help="one trace per rank: Kineto / Chrome JSON (.gz) or Nsight SQLite")
-    add("--against", nargs="+", metavar="FILE", help="the same ranks of a baseline: what became hidden, what got slower")
+    add(
+        "--against", nargs="+", metavar="FILE", help="the same ranks of a baseline: what became hidden, what got slower"
+    )
     add("--schedule", metavar="FILE", help="schedule.json of the run: compare plan and trace line by line")
     add("--communication", action="append", default=[], metavar="REGEX", help="further names that are communication")
     add("--show-names", action="store_true", help="list what was counted as what")
@@ -77,9 +81,7 @@ def _run(options: argparse.Namespace) -> int:
     report = _inspect(options, options.files, options.schedule)
     comparison = None if options.against is None else report.against(_inspect(options, options.against, None))
     judgements = report.judge(options.conditions)
-    text = render_terminal(
-        report.ranks, report.skew, show_names=options.show_names, max_stretches=options.stretches
-    )
+    text = render_terminal(report.ranks, report.skew, show_names=options.show_names, max_stretches=options.stretches)
     comparison_text = "" if comparison is None else "\n" + render_comparison(comparison)
     if not options.quiet and options.json != "-":
         print(text + comparison_text, end="")
@@ -121,7 +123,9 @@ def _refuse_writing_to_inputs(options: argparse.Namespace) -> None:
     for name in ("json", "details", "csv", "html", "perfetto", "junit"):
         path = getattr(options, name)
         if path and os.path.realpath(path) in inputs:
-            raise ValueError(f"--{name} {path}: this is one of the traces, which are never written to; give another name")
+            raise ValueError(
+                f"--{name} {path}: this is one of the traces, which are never written to; give another name"
+            )
 
 
 def _write_perfetto(report: TraceReport, path: str) -> None:
@@ -131,8 +135,8 @@ def _write_perfetto(report: TraceReport, path: str) -> None:
         if len(report.ranks) > 1:
             stem, dot, ending = target.name.partition(".")
             target = target.with_name(f"{stem}.rank{rank.rank}{dot}{ending}")
-        compressed = target.name.endswith(".gz")
-        write_atomically(target, lambda file, r=rank, c=compressed: write_perfetto(r, r.path, file, compressed=c))
+        fill = partial(write_perfetto, rank, rank.path, compressed=target.name.endswith(".gz"))
+        write_atomically(target, fill)
 
 
 def _write(file: BinaryIO, data: bytes) -> None:

@@ -5,7 +5,11 @@ passes its input on; the last one lets the executor run the whole segment and re
 owns the layer loop, and everything around it (masks, rotary embedding, cache, final norm) stays transformers' own.
 
 A segment is the whole model, except: with gradient checkpointing it is `checkpoint_layers` layers, recomputed in
-backward; when hidden states are captured it is one layer, so that each layer returns its full stream.
+backward; when hidden states are captured, or a layer has a hook of its own, it is one layer, so that each layer returns
+its full stream.
+
+Refused, because it would silently compute something else: hidden states that are replaced between layers, and layers
+that are called in another order or number, or outside the model.
 """
 
 from collections.abc import Mapping
@@ -35,15 +39,28 @@ class Attachment:
         self.checkpoint_layers = 1
         self.sharded_experts: tuple[str, ...] = ()
         self.mesh: Any = None
-        self._config = backbone_of(model).config
+        self._config: Any = backbone_of(model).config
         self._captures = False
+        self._in_backbone = False
         self._call: _Call | None = None
 
-    def before_backbone(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_backbone(self, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the backbone: is somebody going to read the layers' outputs?"""
+        layers = list(backbone.layers)[: self._config.num_hidden_layers]
+        if len(layers) != self.executor.num_layers:
+            raise RuntimeError(
+                f"the model calls {len(layers)} of the {self.executor.num_layers} layers that farskip was attached to; "
+                "cut layers before rewire or parallelize"
+            )
         captures = kwargs.get("output_hidden_states")
-        self._captures = bool(self._config.output_hidden_states if captures is None else captures)
+        captures = self._config.output_hidden_states if captures is None else captures
+        self._captures = bool(captures) or any(_is_hooked(layer) for layer in layers)
         self._call = None
+        self._in_backbone = True
+
+    def after_backbone(self, backbone: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the backbone: from here on nobody has a reason to call a layer."""
+        self._in_backbone = False
 
     def call_layer(self, index: int, layer: Any, hidden_BSD: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """What a decoder layer does instead of its own forward."""
@@ -51,9 +68,13 @@ class Attachment:
         if recompute:
             _refuse_reentrant(layer)
             kwargs = {**kwargs, "past_key_values": None, "use_cache": False}
-        if index == 0:
+        if not self._in_backbone:
+            raise RuntimeError(
+                f"layer {index} was called outside the model; under farskip a layer alone computes nothing, because "
+                "its sub-blocks read the streams of its neighbors: call the model"
+            )
+        if self._call is None:
             self._call = _Call(self, hidden_BSD, recompute=recompute)
-        assert self._call is not None
         result = self._call.layer(index, hidden_BSD, kwargs)
         if index + 1 == self.executor.num_layers:
             self._call = None
@@ -80,10 +101,15 @@ class _Call:
         self._x_BSD = self._n_BSD = hidden_BSD
 
     def layer(self, index: int, hidden_BSD: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        if index != len(self._arguments):
+            raise RuntimeError(
+                f"layer {index} was called where layer {len(self._arguments)} stands; put layers in order before "
+                "rewire or parallelize"
+            )
         if hidden_BSD is not self._x_BSD:
             raise RuntimeError(
                 f"layer {index}: its input is not what the layer before returned; something between the layers (a "
-                "hook, an adapter) replaced the hidden states, which farskip cannot honor: attach it inside a sub-module"
+                "hook, an adapter) replaced the hidden states, which farskip cannot honor: put it inside a sub-module"
             )
         self._arguments.append(kwargs)
         if index + 1 == self._segment.stop:
@@ -107,6 +133,7 @@ def attach(model: Any, executor: Executor) -> Attachment:
         layer.__class__ = _shimmed_class(type(layer))
         setattr(layer, _SHIM, (attachment, index))
     backbone.register_forward_pre_hook(attachment.before_backbone, with_kwargs=True)
+    backbone.register_forward_hook(attachment.after_backbone)
     return attachment
 
 
@@ -137,6 +164,12 @@ def _shimmed_class(layer_class: type) -> type:
         shimmed.forward = forward  # type: ignore[attr-defined]
         _SHIMMED[layer_class] = shimmed
     return _SHIMMED[layer_class]
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    """Whether a layer has a hook besides those of transformers, which rest unless outputs are captured."""
+    hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
 
 def _refuse_reentrant(layer: Any) -> None:

@@ -23,12 +23,14 @@ class Family:
         architecture: class name of its causal language model, the key that selects it.
         score: the router's score function, ``softmax`` or ``sigmoid``.
         sub_blocks: takes one decoder layer apart.
+        undeclared_config_keys: settings that its modelling code reads though its config class does not declare them.
     """
 
     model_type: str
     architecture: str
     score: str
     sub_blocks: Callable[[nn.Module], HFSubBlocks]
+    undeclared_config_keys: tuple[str, ...] = ()
 
 
 def families() -> tuple[Family, ...]:

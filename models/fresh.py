@@ -39,7 +39,7 @@ def build_model(
 
     family = family_of_type(model_type)
     default = transformers.AutoConfig.for_model(family.model_type)
-    unknown = sorted(key for key in settings if not hasattr(default, key))
+    unknown = sorted(key for key in settings if not hasattr(default, key) and key not in family.undeclared_config_keys)
     if unknown:
         raise ValueError(f"model.config has keys that {family.model_type} does not know: {', '.join(unknown)}")
     config = transformers.AutoConfig.for_model(

@@ -3,6 +3,4 @@
 from farskip.models.family import Family
 from farskip.models.hf_layer import HFSubBlocks
 
-FAMILY = Family(
-    model_type="deepseek_v3", architecture="DeepseekV3ForCausalLM", score="sigmoid", sub_blocks=HFSubBlocks
-)
+FAMILY = Family(model_type="deepseek_v3", architecture="DeepseekV3ForCausalLM", score="sigmoid", sub_blocks=HFSubBlocks)

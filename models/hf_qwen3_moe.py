@@ -4,5 +4,9 @@ from farskip.models.family import Family
 from farskip.models.hf_layer import HFSubBlocks
 
 FAMILY = Family(
-    model_type="qwen3_moe", architecture="Qwen3MoeForCausalLM", score="softmax", sub_blocks=HFSubBlocks
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    score="softmax",
+    sub_blocks=HFSubBlocks,
+    undeclared_config_keys=("head_dim",),
 )

@@ -121,7 +121,9 @@ def _write(model: Any, state: dict[str, torch.Tensor], family: Family, wiring: W
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"load {folder}: no config.json there; give the folder of a checkpoint in transformers' format")
+        raise ValueError(
+            f"load {folder}: no config.json there; give the folder of a checkpoint in transformers' format"
+        )
     try:
         return json.loads(file.read_text())
     except ValueError as error:
@@ -136,16 +138,14 @@ def _family_of(folder: Path, config: dict[str, Any]) -> Family:
         raise ValueError(f"load {folder}: {error}") from None
 
 
-def _load_transformers(
-    folder: Path, family: Family, config_dict: dict[str, Any], dtype: torch.dtype | None
-) -> Any:
+def _load_transformers(folder: Path, family: Family, config_dict: dict[str, Any], dtype: torch.dtype | None) -> Any:
     import transformers
     from safetensors import SafetensorError
 
     if config_dict.get("model_type") != family.model_type:
         raise ValueError(
-            f"load {folder}: architecture {family.architecture} goes with model_type {family.model_type!r}, config.json "
-            f"says {config_dict.get('model_type')!r}; correct whichever is wrong"
+            f"load {folder}: architecture {family.architecture} goes with model_type {family.model_type!r}, but "
+            f"config.json says {config_dict.get('model_type')!r}; correct whichever is wrong"
         )
     config = transformers.AutoConfig.for_model(**config_dict)
     try:
@@ -153,11 +153,14 @@ def _load_transformers(
             folder, config=config, dtype="auto" if dtype is None else dtype, output_loading_info=True
         )
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"load {folder}: {' '.join(str(error).split())}; the checkpoint is incomplete or damaged") from error
+        raise ValueError(
+            f"load {folder}: {' '.join(str(error).split())}; the checkpoint is incomplete or damaged"
+        ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             names = sorted(str(key) for key in info[kind])
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise ValueError(f"load {folder}: {kind.replace('_keys', '')} tensors: {shown}; the checkpoint does not fit "
-                             f"its config")
+            raise ValueError(
+                f"load {folder}: {kind.replace('_keys', '')} tensors: {shown}; the checkpoint does not fit its config"
+            )
     return model

@@ -4,7 +4,7 @@ The rows of a rank are sorted by expert, and experts lie in order on the ranks, 
 rows. Weights stay with the tokens and are applied where the rows come back, as in the unsharded model. Permutations are
 gathers in both directions, never scatter-adds, so sums have a fixed order.
 
-Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E experts, W ranks of the group, R rows here.
+Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E experts, W ranks, R rows on this rank.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Degrees of parallelism -> device mesh. All ranks are data-parallel; experts are spread over the axis ``ep``.
 
-    rank = replica * ep + position in ep
+rank = replica * ep + position in ep
 """
 
 import torch.distributed as dist

@@ -1,0 +1,393 @@
+"""The training loop, for pretraining and distillation alike: one linear function.
+
+One step, on every rank:
+
+    fetch the micro-batches          agree on: positions in the loss, input tokens, "my data is used up"
+    per micro-batch                  loss (a sum) / positions of all ranks and micro-batches, backward
+    reduce gradients, global norm    agree on: loss sums, "I was asked to stop", time spent waiting
+    stop all ranks if a number is not finite
+    AdamW, balancer
+    evaluate; write a checkpoint; stop early; stop because somebody was asked to
+
+Decides: that order, and that one step on k ranks is one step on one rank with the concatenated batch. Dividing by the
+number of positions known before the first backward makes every gradient a plain sum over ranks and micro-batches.
+Refuses: a run folder that already holds checkpoints, unless told to resume; to update weights or write anything after a
+number that is not finite; to install signal handlers or start process groups.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from farskip.batch import Batch
+from farskip.checkpoint import CheckpointStore, Progress, latest_checkpoint
+from farskip.evaluation import Evaluation, autocast, evaluate
+from farskip.learning_rate import learning_rate
+from farskip.metrics import StepReport, rank_zero_outputs
+from farskip.optimizer import build_optimizer
+from farskip.shutdown import ShutdownRequest, deadline, peer_errors
+from farskip.training_config import TrainingConfig
+from farskip.training_protocols import Balancer, Communicator, Objective, TrainBatches, TrainingData
+from farskip.training_state import rank_state_to_save, restore_rank_state, tensors_to_fill, tensors_to_save
+
+CHECKPOINTS = "checkpoints"
+
+
+class StopReason(StrEnum):
+    """Why a run ended in order."""
+
+    finished = "finished"
+    early_stopped = "early stopped"
+    data_used_up = "data used up"
+    shutdown = "shutdown requested"
+
+
+class NonFiniteError(RuntimeError):
+    """The loss, the gradient norm or a held-out value is NaN or infinite. Raised on all ranks with the same message."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        reason: why.
+        progress: steps taken and the best held-out value.
+        last_checkpoint: the newest; None when nothing was trained.
+        best_checkpoint: the one ``checkpoints/best`` points to; None without evaluation, or when the best one lies in
+            another folder that this run was resumed from.
+        heldout: the last evaluation of this process.
+    """
+
+    reason: StopReason
+    progress: Progress
+    last_checkpoint: Path | None
+    best_checkpoint: Path | None
+    heldout: Evaluation | None
+
+
+def train(
+    objective: Objective,
+    data: TrainingData,
+    communicator: Communicator,
+    config: TrainingConfig,
+    run_folder: Path,
+    *,
+    balancer: Balancer | None = None,
+    shutdown: ShutdownRequest | None = None,
+    on_step: Sequence[Callable[[StepReport], None]] = (),
+    resume: Path | None = None,
+) -> TrainResult:
+    """Train ``objective.model`` until the steps are done, the data is used up, it gets no better, or somebody asks to
+    stop.
+
+    Args:
+        objective: loss, model and (when distilling) teacher.
+        data: this rank's share.
+        communicator: the ranks.
+        config: equal on every rank.
+        run_folder: gets metrics and checkpoints; on a file system that all ranks share.
+        balancer: moves the routers' biases and scales their auxiliary loss.
+        shutdown: looked at after every step.
+        on_step: called in order after every step, on every rank; a profiler's ``step`` fits.
+        resume: a checkpoint of the run (``farskip.checkpoint.latest_checkpoint`` finds the newest).
+
+    Returns:
+        How it ended; equal on all ranks.
+
+    Raises:
+        ValueError: unusable config, run folder in use, damaged or foreign checkpoint, a step without any position in
+            the loss.
+        NonFiniteError: with step, rank and value; weights are not updated, checkpoints stay as they are.
+        RuntimeError: a rank died or is late, or a checkpoint could not be written.
+
+    Note: synchronizes the host with the device once per step, to look at loss and gradient norm.
+    """
+    config.check()
+    module, rank = objective.model.module, communicator.rank
+    device = next(module.parameters()).device
+    optimizer = build_optimizer(module, config.optimizer)
+    batches = data.train_batches()
+    store = CheckpointStore(
+        run_folder / CHECKPOINTS, communicator, keep_last=config.checkpoint.keep_last, device=device
+    )
+    resume = None if resume is None else resume.resolve()
+    newest = latest_checkpoint(store.folder)
+    if newest is not None and resume != newest.resolve():
+        raise ValueError(
+            f"{run_folder} already holds a run up to {newest.name}: resume from that checkpoint, choose another "
+            "folder, or move the newer checkpoints away"
+        )
+    torch.manual_seed(config.seed + rank)
+    random.seed(config.seed + rank)
+    progress = Progress()
+    reason, last_checkpoint = StopReason.finished, resume
+    heldout: Evaluation | None = None
+    report: StepReport | None = None
+
+    def save(progress: Progress, is_best: bool) -> Path:
+        tensors = tensors_to_save(module, optimizer, communicator)
+        return store.save(tensors, rank_state_to_save(batches, device), progress, is_best=is_best)
+
+    with ExitStack() as stack:
+        stack.enter_context(
+            peer_errors(rank, lambda: f"after step {progress.step}", world_size=communicator.world_size)
+        )
+        if resume is not None:
+            state, progress = store.load(resume, lambda names: tensors_to_fill(names, module, optimizer, communicator))
+            restore_rank_state(state, batches, device)
+        run_folder.mkdir(parents=True, exist_ok=True)
+        outputs = rank_zero_outputs(
+            stack, rank, run_folder,
+            num_steps=config.num_steps, first_step=progress.step, tensorboard=config.tensorboard,
+        )  # fmt: skip
+        module.train()
+        while progress.step < config.num_steps:
+            started_s = time.perf_counter()
+            # What evaluation, checkpoint and callbacks waited for is not this step's.
+            communicator.exposed_communication_s()
+            micro_batches = _fetch(batches, config.accumulation, device)
+            counts = _agree_on_counts(objective, micro_batches, config.accumulation, communicator, device)
+            if counts is None:
+                reason = StopReason.data_used_up
+                break
+            if counts.num_loss_tokens == 0:
+                raise ValueError(
+                    f"step {progress.step + 1}: no position of any rank has a label; "
+                    "check the chat template's roles or raise training.accumulation"
+                )
+            step = progress.step + 1
+            rate = learning_rate(progress.step, config.num_steps, config.optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            sums = _Sums()
+            for batch in micro_batches:
+                if balancer is not None:
+                    balancer.set_scale(batch.input_ids_BS.numel() / counts.num_input_tokens)
+                with autocast(device, config.precision):
+                    loss_sums = objective.loss(batch)
+                (loss_sums.loss / counts.num_loss_tokens).backward()
+                sums.add("loss", loss_sums.loss.detach(), 0)
+                for name, (total, num) in loss_sums.sums.items():
+                    sums.add(name, total, num)
+            communicator.reduce_gradients()
+            norm = communicator.clip_gradients(config.optimizer.max_grad_norm)
+
+            asked_to_stop = shutdown is not None and shutdown.requested
+            own_loss = sums.total("loss")
+            agreed = sums.reduced(communicator, device, stop=asked_to_stop)
+            stop = agreed.stop
+            loss = agreed.totals["loss"] / counts.num_loss_tokens
+            grad_norm = float(norm)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise _non_finite(step, own_loss, grad_norm, communicator, device, last_checkpoint)
+            optimizer.step()
+            means = agreed.means()
+            if balancer is not None:
+                means.update(balancer.update())
+            progress = replace(progress, step=step)
+            step_s = time.perf_counter() - started_s
+
+            is_last = step == config.num_steps
+            improved, heldout_now = False, None
+            every = config.heldout.every_steps
+            if every and (step % every == 0 or is_last) and not stop:
+                heldout = heldout_now = _evaluate(objective, data, communicator, config)
+                progress, improved = _judge(progress, heldout, config, objective.teacher is not None, last_checkpoint)
+            report = StepReport(
+                step=step,
+                num_steps=config.num_steps,
+                loss=loss,
+                means=means,
+                grad_norm=grad_norm,
+                learning_rate=rate,
+                num_loss_tokens=counts.num_loss_tokens,
+                tokens_per_s=counts.num_input_tokens / step_s,
+                step_s=step_s,
+                exposed_share=agreed.exposed_s / communicator.world_size / step_s,
+                heldout=heldout_now,
+            )
+            if outputs is not None:
+                files, display = outputs
+                log_now = step % config.log_every == 0 or is_last or stop
+                if log_now or heldout_now is not None:
+                    files.write(report)
+                display.show(report, log_now=log_now)
+            for callback in on_step:
+                callback(report)
+
+            patience = config.heldout.patience
+            worn_out = heldout_now is not None and patience > 0 and progress.num_worse >= patience
+            due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
+            if due or improved or is_last or stop or worn_out:
+                limit_s = config.checkpoint.shutdown_timeout_s
+                late = f"rank {rank}: the checkpoint after SIGTERM took longer than {limit_s:g} s; ending without it"
+                with deadline(limit_s, late) if stop else nullcontext():
+                    last_checkpoint = save(progress, improved)
+            if stop or worn_out:
+                reason = StopReason.shutdown if stop else StopReason.early_stopped
+                break
+        if reason is StopReason.data_used_up and report is not None and last_checkpoint != store.path_of(progress.step):
+            improved = False
+            if config.heldout.every_steps and report.heldout is None:
+                heldout = _evaluate(objective, data, communicator, config)
+                progress, improved = _judge(progress, heldout, config, objective.teacher is not None, last_checkpoint)
+                if outputs is not None:
+                    files, display = outputs
+                    files.write(replace(report, heldout=heldout))
+                    display.show(replace(report, heldout=heldout), log_now=True)
+            last_checkpoint = save(progress, improved)
+    best = None if progress.best_step is None else store.path_of(progress.best_step)
+    return TrainResult(
+        reason=reason,
+        progress=progress,
+        last_checkpoint=last_checkpoint,
+        best_checkpoint=best if best is not None and best.is_dir() else None,
+        heldout=heldout,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Counts:
+    num_loss_tokens: int
+    num_input_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Agreed:
+    totals: dict[str, float]
+    numbers: dict[str, float]
+    stop: bool
+    exposed_s: float
+
+    def means(self) -> dict[str, float]:
+        return {name: self.totals[name] / max(number, 1.0) for name, number in self.numbers.items() if name != "loss"}
+
+
+class _Sums:
+    """Sums of one step on this rank, kept on the device until all are reduced at once."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+        self._numbers: dict[str, int] = {}
+
+    def add(self, name: str, total: Tensor, number: int) -> None:
+        total = total.to(torch.float64)
+        self._totals[name] = self._totals[name] + total if name in self._totals else total
+        self._numbers[name] = self._numbers.get(name, 0) + number
+
+    def total(self, name: str) -> Tensor:
+        return self._totals[name]
+
+    def reduced(self, communicator: Communicator, device: torch.device, *, stop: bool) -> _Agreed:
+        """The sums of all ranks, whether any rank wants to stop, and the seconds all ranks waited."""
+        names = sorted(self._totals)
+        extras = [*(float(self._numbers[name]) for name in names), float(stop), communicator.exposed_communication_s()]
+        packed = torch.cat(
+            [
+                torch.stack([self._totals[name] for name in names]),
+                torch.tensor(extras, dtype=torch.float64, device=device),
+            ]
+        )
+        values = communicator.all_reduce_sum(packed).tolist()
+        return _Agreed(
+            totals=dict(zip(names, values, strict=False)),
+            numbers=dict(zip(names, values[len(names) :], strict=False)),
+            stop=values[-2] > 0,
+            exposed_s=values[-1],
+        )
+
+
+def _fetch(batches: TrainBatches, accumulation: int, device: torch.device) -> list[Batch]:
+    """The micro-batches of one step; fewer when the data is used up."""
+    fetched: list[Batch] = []
+    for _ in range(accumulation):
+        batch = next(batches, None)
+        if batch is None:
+            break
+        fetched.append(batch)
+    return fetched if device.type == "cpu" else [batch.to(device) for batch in fetched]
+
+
+def _agree_on_counts(
+    objective: Objective,
+    micro_batches: list[Batch],
+    accumulation: int,
+    communicator: Communicator,
+    device: torch.device,
+) -> _Counts | None:
+    """Positions in the loss and input tokens of the step, all ranks; None when a rank has no full step of data left."""
+    own = [
+        float(sum(objective.num_tokens(batch) for batch in micro_batches)),
+        float(sum(batch.input_ids_BS.numel() for batch in micro_batches)),
+        float(len(micro_batches) < accumulation),
+    ]
+    agreed = communicator.all_reduce_sum(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
+    if agreed[2] > 0:
+        return None
+    return _Counts(num_loss_tokens=int(agreed[0]), num_input_tokens=int(agreed[1]))
+
+
+def _evaluate(
+    objective: Objective, data: TrainingData, communicator: Communicator, config: TrainingConfig
+) -> Evaluation:
+    return evaluate(
+        objective.model,
+        data.heldout_batches(config.heldout.num_batches),
+        communicator,
+        teacher=objective.teacher,
+        precision=config.precision,
+        positions=config.distilled_positions,
+        chunk_tokens=config.loss_chunk_tokens,
+    )
+
+
+def _judge(
+    progress: Progress, heldout: Evaluation, config: TrainingConfig, is_distillation: bool, last: Path | None
+) -> tuple[Progress, bool]:
+    """Compare a held-out value (KL when distilling, else cross entropy) with the best one so far."""
+    value = heldout.kl if is_distillation and heldout.kl is not None else heldout.cross_entropy
+    if not math.isfinite(value):
+        raise NonFiniteError(f"step {progress.step}: the held-out value is {value}; {_what_stays(last)}")
+    best = progress.best_value
+    if best is None or value < best - config.heldout.min_improvement:
+        return replace(progress, best_value=value, best_step=progress.step, num_worse=0), True
+    return replace(progress, num_worse=progress.num_worse + 1), False
+
+
+def _non_finite(
+    step: int,
+    own_loss: Tensor,
+    grad_norm: float,
+    communicator: Communicator,
+    device: torch.device,
+    last: Path | None,
+) -> NonFiniteError:
+    """The error that every rank raises, with the same text; a collective."""
+    own_value = float(own_loss)
+    values_R = torch.zeros(communicator.world_size, dtype=torch.float64, device=device)
+    # A NaN would not survive the trip as a place: 1 means NaN, 2 inf, 3 -inf.
+    codes = {"nan": 1.0, "inf": 2.0, "-inf": 3.0}
+    values_R[communicator.rank] = codes.get(str(own_value), 0.0)
+    codes_R = communicator.all_reduce_sum(values_R).tolist()
+    texts = {code: text for text, code in codes.items()}
+    found = [f"{texts[code]} on rank {rank}" for rank, code in enumerate(codes_R) if code]
+    # Gradients are summed and scaled by now: which rank's or parameter's was the first cannot be told any more.
+    what = "the loss is " + ", ".join(found) if found else f"the gradient norm is {grad_norm} on all ranks"
+    return NonFiniteError(
+        f"step {step}: {what}; {_what_stays(last)}, "
+        "lower training.optimizer.learning_rate or look at the data of this step"
+    )
+
+
+def _what_stays(last: Path | None) -> str:
+    return f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint yet"
