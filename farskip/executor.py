@@ -15,6 +15,7 @@ What this file refuses: an attention that never reaches the seam. It knows no pr
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -83,7 +84,9 @@ class Executor:
         self.mode = mode
         self.times = times
         self.inputs = wiring.resolve([block.blocks for block in self.sub_blocks])
-        self.graph = build_stage_graph(self.inputs, expert_parallel=dispatcher is not None)
+        self.graph = build_stage_graph(
+            self.inputs, expert_parallel=dispatcher is not None, chunks=dispatcher.chunks if dispatcher else 1
+        )
         self.uses = stream_uses(self.inputs)
         self.observers: list[Observer] = []
         self.routing_hook: RoutingHook | None = None
@@ -173,11 +176,12 @@ class _SegmentRun:
             fixed_order=executor.graph.has_collectives,
         )
         self._routing: dict[int, Routing] = {}
-        self._plans: dict[int, DispatchPlan] = {}
+        self._plans: dict[int, list[DispatchPlan]] = {}
+        self._shape_BSD = x_BSD.shape
         self._rows: dict[Key, torch.Tensor] = {}
         self._in_flight: dict[Key, InFlight] = {}
         self._backward_ended: Ended | None = None
-        self._run: Mapping[str, Callable[[int], None]] = {
+        self._run: Mapping[str, Callable[[Key], None]] = {
             ATTENTION_IN: self._attention,
             MLP: self._mlp,
             ROUTE: self._route,
@@ -202,12 +206,12 @@ class _SegmentRun:
             elif step.do is Do.WAIT:
                 self._wait(step.key)
             else:
-                self._run[step.key.stage](step.key.layer)
+                self._run[step.key.stage](step.key)
 
     # collectives
 
     def _launch(self, key: Key) -> None:
-        plan = self._plans[key.layer]
+        plan = self._plans[key.layer][key.chunk]
         collective = plan.collective if key.stage == DISPATCH else plan.collective.reverse()
         in_flight = InFlight(collective, self._notify(key))
         self._in_flight[key] = in_flight
@@ -218,24 +222,25 @@ class _SegmentRun:
 
     # stages
 
-    def _attention(self, layer: int) -> None:
+    def _attention(self, key_in: Key) -> None:
         """Both stages of attention; between them, in the seam, whatever the list has there."""
+        layer = key_in.layer
         block, core = self._executor.sub_blocks[layer], Key(layer, ATTENTION_CORE)
         stream_BSD = self._residual.read(layer, self._executor.inputs[layer].source(ATTENTION), ATTENTION)
-        ended = self._begin(Key(layer, ATTENTION_IN))
+        ended = self._begin(key_in)
         reached_core: list[Ended] = []
 
         def seam(
             query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            query, key, value = self._mark_outputs(Key(layer, ATTENTION_IN), query, key, value)
+            query, key, value = self._mark_outputs(key_in, query, key, value)
             ended()
             self._advance(until=core)
             reached_core.append(self._begin(core))
             query, key, value = self._mark_inputs(core, query, key, value)
             return query, key, value
 
-        (stream_BSD,) = self._mark_inputs(Key(layer, ATTENTION_IN), stream_BSD)
+        (stream_BSD,) = self._mark_inputs(key_in, stream_BSD)
         output_BSD = block.attention(block.attention_norm(stream_BSD), seam, self._arguments[layer])
         if len(reached_core) != 1:
             raise RuntimeError(
@@ -247,20 +252,20 @@ class _SegmentRun:
         self._position += 1
         self._residual.put(layer, ATTENTION, output_BSD)
 
-    def _mlp(self, layer: int) -> None:
-        self._simple(layer, MLP, MLP, self._executor.sub_blocks[layer].mlp)
+    def _mlp(self, key: Key) -> None:
+        self._simple(key, MLP, self._executor.sub_blocks[key.layer].mlp)
 
-    def _shared(self, layer: int) -> None:
-        self._simple(layer, SHARED, SHARED, self._executor.sub_blocks[layer].shared)
+    def _shared(self, key: Key) -> None:
+        self._simple(key, SHARED, self._executor.sub_blocks[key.layer].shared)
 
-    def _simple(self, layer: int, stage: str, block: str, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _simple(self, key: Key, block: str, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """A sub-block that is one stage: normed stream in, output out."""
-        source = self._executor.inputs[layer].source(block)
-        ended = self._begin(Key(layer, stage))
-        (normed_BSD,) = self._normed(Key(layer, stage), source, block)
-        (output_BSD,) = self._mark_outputs(Key(layer, stage), compute(normed_BSD))
+        source = self._executor.inputs[key.layer].source(block)
+        ended = self._begin(key)
+        (normed_BSD,) = self._normed(key, source, block)
+        (output_BSD,) = self._mark_outputs(key, compute(normed_BSD))
         ended()
-        self._residual.put(layer, block, output_BSD)
+        self._residual.put(key.layer, block, output_BSD)
 
     def _normed(self, key: Key, source: Source, *uses: str) -> tuple[torch.Tensor, ...]:
         """The normed MLP input, one alias per use. Whoever comes first does the norm, once per stream that is read."""
@@ -271,8 +276,8 @@ class _SegmentRun:
         aliases = tuple(self._residual.read_normed(layer, source, use) for use in uses)
         return aliases if first else self._mark_inputs(key, *aliases)
 
-    def _route(self, layer: int) -> None:
-        executor, key = self._executor, Key(layer, ROUTE)
+    def _route(self, key: Key) -> None:
+        executor, layer = self._executor, key.layer
         source = executor.inputs[layer].source(ROUTED)
         ended = self._begin(key)
         for_gate_BSD, for_rows_BSD = self._normed(key, source, GATE, ROWS)
@@ -280,39 +285,39 @@ class _SegmentRun:
         if executor.routing_hook is not None:
             routing = executor.routing_hook(layer, routing, self._recomputing)
         if executor.dispatcher is None:
-            rows, after = for_rows_BSD, Key(layer, EXPERTS)
+            rows, after = [for_rows_BSD], [Key(layer, EXPERTS)]
         else:
-            rows, self._plans[layer] = executor.dispatcher.prepare(for_rows_BSD, routing)
-            after = Key(layer, DISPATCH)
-        rows, weights_TK = self._mark_outputs(key, rows, routing.weights_TK)
-        self._rows[after] = rows
-        self._routing[layer] = Routing(
-            logits_TE=routing.logits_TE, weights_TK=weights_TK, experts_TK=routing.experts_TK
-        )
+            chunks = executor.dispatcher.prepare(for_rows_BSD, routing)
+            rows, self._plans[layer] = [chunk for chunk, _ in chunks], [plan for _, plan in chunks]
+            after = [Key(layer, DISPATCH, chunk) for chunk in range(len(chunks))]
+        *rows, weights_TK = self._mark_outputs(key, *rows, routing.weights_TK)
+        self._rows.update(zip(after, rows, strict=True))
+        self._routing[layer] = replace(routing, weights_TK=weights_TK)
         ended()
 
-    def _experts(self, layer: int) -> None:
-        key, block = Key(layer, EXPERTS), self._executor.sub_blocks[layer]
+    def _experts(self, key: Key) -> None:
+        block = self._executor.sub_blocks[key.layer]
         ended = self._begin(key)
         if self._executor.dispatcher is None:
             (normed_BSD,) = self._mark_inputs(key, self._rows.pop(key))
-            (output_BSD,) = self._mark_outputs(key, block.routed(normed_BSD, self._routing.pop(layer)))
-            self._residual.put(layer, ROUTED, output_BSD)
+            (output_BSD,) = self._mark_outputs(key, block.routed(normed_BSD, self._routing.pop(key.layer)))
+            self._residual.put(key.layer, ROUTED, output_BSD)
         else:
-            (rows_RD,) = self._mark_inputs(key, self._rows.pop(Key(layer, DISPATCH)))
-            (rows_RD,) = self._mark_outputs(key, block.expert_rows(rows_RD, self._plans[layer].expert_R))
-            self._rows[Key(layer, COMBINE)] = rows_RD
+            (rows_RD,) = self._mark_inputs(key, self._rows.pop(key._replace(stage=DISPATCH)))
+            plan = self._plans[key.layer][key.chunk]
+            (rows_RD,) = self._mark_outputs(key, block.expert_rows(rows_RD, plan.expert_R))
+            self._rows[key._replace(stage=COMBINE)] = rows_RD
         ended()
 
-    def _merge(self, layer: int) -> None:
-        key = Key(layer, MERGE)
+    def _merge(self, key: Key) -> None:
         assert self._executor.dispatcher is not None
+        plans = self._plans.pop(key.layer)
         ended = self._begin(key)
-        (rows,) = self._mark_inputs(key, self._rows.pop(Key(layer, COMBINE)))
-        output_BSD = self._executor.dispatcher.merge(rows, self._routing.pop(layer), self._plans.pop(layer))
-        (output_BSD,) = self._mark_outputs(key, output_BSD)
+        rows = self._mark_inputs(key, *(self._rows.pop(Key(key.layer, COMBINE, chunk)) for chunk in range(len(plans))))
+        output_TD = self._executor.dispatcher.merge(rows, self._routing.pop(key.layer), plans)
+        (output_BSD,) = self._mark_outputs(key, output_TD.view(self._shape_BSD))
         ended()
-        self._residual.put(layer, ROUTED, output_BSD)
+        self._residual.put(key.layer, ROUTED, output_BSD)
 
     # observation: free when nobody looks
 

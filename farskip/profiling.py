@@ -23,7 +23,7 @@ from farskip.schedule import Instruction
 def range_name(instruction: Instruction, direction: str) -> str:
     """Name of the profiler range of one instruction."""
     suffix = "" if direction == "forward" else "::backward"
-    return f"farskip::L{instruction.key.layer:03d}::{instruction.key.stage}::{instruction.do}{suffix}"
+    return f"farskip::L{instruction.key.layer:03d}::{instruction.key.label}::{instruction.do}{suffix}"
 
 
 def profiler_ranges(instruction: Instruction, direction: str) -> Ended:

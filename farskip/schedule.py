@@ -137,7 +137,7 @@ class Schedule:
         """A plain dict, as it is stored beside a run."""
 
         def rows(steps: Iterable[Instruction]) -> list[dict[str, Any]]:
-            return [{"do": str(step.do), "layer": step.key.layer, "stage": step.key.stage} for step in steps]
+            return [{"do": str(step.do), "layer": step.key.layer, "stage": step.key.label} for step in steps]
 
         return {
             "mode": self.mode,
@@ -151,7 +151,7 @@ class Schedule:
         """The inverse of `to_dict`."""
 
         def steps(rows: Iterable[dict[str, Any]]) -> tuple[Instruction, ...]:
-            return tuple(Instruction(Do(row["do"]), Key(row["layer"], row["stage"])) for row in rows)
+            return tuple(Instruction(Do(row["do"]), Key.from_label(row["layer"], row["stage"])) for row in rows)
 
         return cls(
             mode=data["mode"],

@@ -117,8 +117,11 @@ def simulate(steps: Sequence[Instruction], times: StageTimes, direction: str = "
     compute, communication = [], []
     done_at: dict[Key, float] = {}
     exposed: dict[Key, float] = {}
+    chunks = 1 + max((step.key.chunk for step in steps), default=0)
     for step in steps:
         duration = times.of(step.key.stage, direction)
+        if step.key.stage in (DISPATCH, EXPERTS, COMBINE):
+            duration /= chunks
         if step.do is Do.RUN:
             compute.append(Span(step.key, now, now + duration))
             now += duration

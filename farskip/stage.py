@@ -6,7 +6,7 @@ imports neither.
 Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E experts, R rows on one rank.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,30 +74,34 @@ class SubBlocks(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchPlan:
-    """Everything that dispatch, experts and combine of one layer have to agree on.
+    """Everything that dispatch, experts and combine of one chunk of one layer have to agree on.
 
     Attributes:
         collective: carries rows to the ranks of their experts; its reverse carries them back.
         expert_R: int64 local expert number of every row that arrives here.
         slot_of_row: int64 [T*K]; sent row i belongs to slot ``slot_of_row[i]`` = token * K + choice.
         row_of_slot: the inverse permutation.
-        shape_BSD: shape of the tokens that were dispatched.
     """
 
     collective: Collective
     expert_R: torch.Tensor
     slot_of_row: torch.Tensor
     row_of_slot: torch.Tensor
-    shape_BSD: torch.Size
 
 
 class Dispatcher(Protocol):
-    """Sends tokens to the ranks that hold their experts. Neither method launches the exchange of the rows itself."""
+    """Sends tokens to the ranks that hold their experts. Neither method launches the exchange of the rows itself.
 
-    def prepare(self, normed_BSD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, DispatchPlan]:
-        """Rows in the order of their experts [T*K, D], and the plan. Exchanges the split sizes between ranks."""
+    Attributes:
+        chunks: into how many parts the tokens are cut.
+    """
+
+    chunks: int
+
+    def prepare(self, normed_BSD: torch.Tensor, routing: Routing) -> list[tuple[torch.Tensor, DispatchPlan]]:
+        """Per chunk: rows in the order of their experts [T*K, D], and the plan. Exchanges split sizes between ranks."""
         ...
 
-    def merge(self, rows: torch.Tensor, routing: Routing, plan: DispatchPlan) -> torch.Tensor:
-        """Weighted sum of the returned rows per token, in the shape they were dispatched in."""
+    def merge(self, rows: Sequence[torch.Tensor], routing: Routing, plans: Sequence[DispatchPlan]) -> torch.Tensor:
+        """Weighted sum of the returned rows per token [T, D]."""
         ...

@@ -14,11 +14,14 @@ Per layer, in program order:
     merge            weighted sum of the returned rows -> r
 
 The adds of the residual stream are no stages: they are done when their sum is first read (`farskip.residual`).
+
+In chunked mode the tokens of a layer are routed once and then travel in chunks: dispatch, experts and combine exist
+once per chunk, so that the exchanges of one chunk also hide under the routed experts of another.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, LayerInputs, Source
 
@@ -29,13 +32,25 @@ COLLECTIVES = (DISPATCH, COMBINE)
 
 
 class Key(NamedTuple):
-    """Names one stage or collective of a model: layer number and stage name."""
+    """Names one stage or collective of a model: layer number, stage name, and chunk where there are several."""
 
     layer: int
     stage: str
+    chunk: int = 0
+
+    @property
+    def label(self) -> str:
+        """Stage and chunk as one word: ``dispatch`` for the first chunk, ``dispatch_1`` for the second."""
+        return f"{self.stage}_{self.chunk}" if self.chunk else self.stage
+
+    @classmethod
+    def from_label(cls, layer: int, label: str) -> Self:
+        """The inverse of `label`."""
+        stage, _, chunk = label.rpartition("_")
+        return cls(layer, stage, int(chunk)) if chunk.isdecimal() else cls(layer, label)
 
     def __str__(self) -> str:
-        return f"{self.stage}.{self.layer}"
+        return f"{self.label}.{self.layer}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +96,13 @@ class StageGraph:
         )
 
 
-def build_stage_graph(inputs: Sequence[LayerInputs], *, expert_parallel: bool) -> StageGraph:
+def build_stage_graph(inputs: Sequence[LayerInputs], *, expert_parallel: bool, chunks: int = 1) -> StageGraph:
     """The stages of a model under a resolved wiring.
 
     Args:
         inputs: one entry per layer, from `Wiring.resolve`.
         expert_parallel: whether routed experts lie on other ranks, so that rows are dispatched and combined.
+        chunks: into how many parts the tokens of each layer are cut for that.
     """
     stages: list[Stage] = []
     full: tuple[Key, ...] = ()  # what x, the full stream at the layer's entry, needs
@@ -100,7 +116,7 @@ def build_stage_graph(inputs: Sequence[LayerInputs], *, expert_parallel: bool) -
             Source.PARTIAL: partial,
             Source.AFTER_ATTENTION: (*full, Key(layer, ATTENTION_CORE)),
         }
-        here, made = _layer_stages(layer, reads, needs, expert_parallel)
+        here, made = _layer_stages(layer, reads, needs, chunks if expert_parallel else 0)
         stages += here
         before, outputs = full, made
         full = _unique(before + tuple(key for keys in outputs.values() for key in keys))
@@ -108,9 +124,9 @@ def build_stage_graph(inputs: Sequence[LayerInputs], *, expert_parallel: bool) -
 
 
 def _layer_stages(
-    layer: int, reads: LayerInputs, needs: dict[Source, tuple[Key, ...]], expert_parallel: bool
+    layer: int, reads: LayerInputs, needs: dict[Source, tuple[Key, ...]], chunks: int
 ) -> tuple[list[Stage], dict[str, tuple[Key, ...]]]:
-    """Stages of one layer, and for each of its outputs the keys that produce it."""
+    """Stages of one layer, and for each of its outputs the keys that produce it; 0 chunks: no expert parallelism."""
 
     def key(stage: str) -> Key:
         return Key(layer, stage)
@@ -127,18 +143,18 @@ def _layer_stages(
         outputs[MLP] = (key(MLP),)
     if ROUTED in reads.blocks:
         stages.append(Stage(key(ROUTE), _unique(needs[reads.source(ROUTED)])))
-        if expert_parallel:
-            stages.append(Stage(key(DISPATCH), (key(ROUTE),)))
-            stages.append(Stage(key(EXPERTS), (key(DISPATCH),)))
-            stages.append(Stage(key(COMBINE), (key(EXPERTS),)))
-        else:
+        for chunk in range(chunks):
+            stages.append(Stage(Key(layer, DISPATCH, chunk), (key(ROUTE),)))
+            stages.append(Stage(Key(layer, EXPERTS, chunk), (Key(layer, DISPATCH, chunk),)))
+            stages.append(Stage(Key(layer, COMBINE, chunk), (Key(layer, EXPERTS, chunk),)))
+        if not chunks:
             stages.append(Stage(key(EXPERTS), (key(ROUTE),)))
         if SHARED in reads.blocks:
             stages.append(Stage(key(SHARED), _unique(needs[reads.source(SHARED)])))
             outputs[SHARED] = (key(SHARED),)
-        if expert_parallel:
-            stages.append(Stage(key(MERGE), (key(COMBINE),)))
-        outputs[ROUTED] = (key(MERGE if expert_parallel else EXPERTS),)
+        if chunks:
+            stages.append(Stage(key(MERGE), tuple(Key(layer, COMBINE, chunk) for chunk in range(chunks))))
+        outputs[ROUTED] = (key(MERGE if chunks else EXPERTS),)
     return stages, outputs
 
 

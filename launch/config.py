@@ -57,6 +57,8 @@ class ParallelConfig:
     """Ranks that share the experts of a layer (expert parallelism); 0: all ranks."""
     schedule: str = "overlapped"
     """overlapped: collectives run under compute; serial: each is waited for at once. Same function, same bits."""
+    chunks: int = 1
+    """Parts into which each layer's tokens are cut on their way, so that exchanges also hide under routed experts."""
     recompute: Recompute = Recompute.none
     """none, or full: keep only the residual streams between segments and compute the rest again in backward."""
     recompute_layers: int = 2

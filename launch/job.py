@@ -4,6 +4,7 @@ Order matters and is the same everywhere: text, model, wiring, parallel, balance
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from farskip.parallel.emulated_link import EmulatedLink
 from farskip.parallel.mesh import EP_AXIS, build_mesh
 from farskip.profiling import StepTracer
 from farskip.shutdown import ShutdownRequest
-from farskip.trainer import CHECKPOINTS, TrainResult, train
+from farskip.trainer import CHECKPOINTS, StopReason, TrainResult, train
 from farskip.training_config import TrainingConfig
 from farskip.training_protocols import Communicator, Objective, SingleProcess
 from farskip.training_state import tensors_to_fill
@@ -89,7 +90,7 @@ def prepare(
     if attachment_of(model) is None:
         rewire(model, wiring_of(model))
     if mesh is not None:
-        parallelize(model, mesh, parallel.schedule, link=build_link(parallel.link, mesh))
+        parallelize(model, mesh, parallel.schedule, link=build_link(parallel.link, mesh), chunks=parallel.chunks)
     attachment = attachment_of(model)
     assert attachment is not None
     if parallel.recompute is Recompute.full and not frozen:
@@ -142,7 +143,11 @@ def run_training(
     resume: bool,
     trace_steps: Sequence[int] = (),
 ) -> TrainResult:
-    """Train, then leave the best weights (the last ones without evaluation) in the model. A collective."""
+    """Train, then leave the best weights (the last ones without evaluation) in the model. A collective.
+
+    Returns:
+        How it ended; with `StopReason.shutdown` the caller has to leave at once, the checkpoint is written.
+    """
     shutdown = ShutdownRequest()
     shutdown.install()
     attachment = attachment_of(prepared.model)
@@ -163,10 +168,12 @@ def run_training(
             )
         finally:
             shutdown.uninstall()
-    if result.best_checkpoint is not None and result.best_checkpoint != result.last_checkpoint:
-        _load_weights(prepared, config, folder, result.best_checkpoint)
     if ranks.rank == 0:
         print(f"{folder}: {result.reason} after step {result.progress.step}", flush=True)
+    if result.reason is StopReason.shutdown:
+        return result
+    if result.best_checkpoint is not None and result.best_checkpoint != result.last_checkpoint:
+        _load_weights(prepared, config, folder, result.best_checkpoint)
     return result
 
 
@@ -241,7 +248,12 @@ def check_run_folder(folder: Path, *, resume: bool) -> None:
     """Refuse a folder that already holds a finished or begun run, before any work is done.
 
     Raises:
-        ValueError: the folder is in use and `resume` is off.
+        ValueError: the folder is in use and `resume` is off, or nothing can be written there.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run.folder={folder} is a file: give a folder")
     if not resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"run.folder={folder} is not empty: give another folder, or run.resume=true to continue")
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"run.folder={folder}: cannot write in {nearest}; give a folder in a place of yours")

@@ -26,6 +26,7 @@ def parallelize(
     schedule: str = "overlapped",
     *,
     link: ProcessGroupLink | None = None,
+    chunks: int = 1,
     times: StageTimes | None = None,
 ) -> Model:
     """Spread the routed experts over the ``ep`` axis of a mesh; every rank keeps everything else.
@@ -35,6 +36,7 @@ def parallelize(
         mesh: has an axis ``ep``; see `farskip.parallel.mesh.build_mesh`. A collective over all its ranks.
         schedule: ``overlapped`` or ``serial``; both compute the same function, bit for bit.
         link: what carries the rows, over the ranks of ``ep``; torch.distributed's group if None.
+        chunks: parts into which the tokens of each layer are cut, so that exchanges also hide under routed experts.
         times: stage times that rank 0 chooses the schedule by.
 
     Returns:
@@ -54,7 +56,7 @@ def parallelize(
     num_experts = max((_num_experts(block) for block in blocks), default=0)
     dispatcher = None
     if ep > 1 and num_experts:
-        dispatcher = AllToAllDispatcher(link or ProcessGroupLink(mesh.get_group(EP_AXIS)), num_experts)
+        dispatcher = AllToAllDispatcher(link or ProcessGroupLink(mesh.get_group(EP_AXIS)), num_experts, chunks)
     mode, wiring_of_rank_0, times = _agree((schedule, wiring.to_dict(), times))
     if wiring_of_rank_0 != wiring.to_dict():
         raise ValueError(f"parallelize: rank {dist.get_rank()} has wiring {wiring}, rank 0 another; rewire all alike")

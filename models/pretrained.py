@@ -12,6 +12,7 @@ A checkpoint of an ordinary model is left a plain transformers checkpoint. Which
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,11 @@ def load(
     family = _family_of(folder, config_dict)
     recorded = config_dict.pop(_KEY, None)
     if recorded is not None:
+        if not isinstance(recorded, dict) or set(recorded) != {"base_model_type", "wiring"}:
+            raise ValueError(
+                f"load {folder}: config.json has {_KEY}={recorded!r}, which records no wiring; write base_model_type and "
+                "wiring there, or copy the file again"
+            )
         config_dict["model_type"] = recorded["base_model_type"]
     model = _load_transformers(folder, family, config_dict, dtype).to(device)
     chosen = wiring
@@ -95,6 +101,8 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _write(model: Any, state: dict[str, torch.Tensor], family: Family, wiring: Wiring, folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"save {folder}: it is a file, not a folder; choose another path")
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise ValueError(f"save {folder}: the folder holds something that is not a checkpoint; choose another path")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +117,11 @@ def _write(model: Any, state: dict[str, torch.Tensor], family: Family, wiring: W
         if folder.exists():
             replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
             folder.rename(replaced)
-            fresh.rename(folder)
+            try:
+                fresh.rename(folder)
+            except BaseException:
+                replaced.rename(folder)
+                raise
             shutil.rmtree(replaced)
         else:
             fresh.rename(folder)
@@ -125,15 +137,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"load {folder}: no config.json there; give the folder of a checkpoint in transformers' format"
         )
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"load {file}: not JSON ({error}); the file is damaged, copy it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"load {file}: {type(config).__name__} instead of an object; the file is damaged, copy it again"
+        )
+    return config
 
 
 def _family_of(folder: Path, config: dict[str, Any]) -> Family:
-    architectures = config.get("architectures") or [None]
+    architectures = config.get("architectures")
     try:
-        return family_of_architecture(architectures[0])
+        return family_of_architecture(architectures[0] if isinstance(architectures, list) and architectures else None)
     except ValueError as error:
         raise ValueError(f"load {folder}: {error}") from None
 
@@ -150,12 +167,17 @@ def _load_transformers(folder: Path, family: Family, config_dict: dict[str, Any]
     config = transformers.AutoConfig.for_model(**config_dict)
     try:
         model, info = getattr(transformers, family.architecture).from_pretrained(
-            folder, config=config, dtype="auto" if dtype is None else dtype, output_loading_info=True
+            folder,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
         )
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"load {folder}: {' '.join(str(error).split())}; the checkpoint is incomplete or damaged"
-        ) from error
+    except (SafetensorError, OSError, RuntimeError) as error:
+        # RuntimeError: transformers could not stack a layer's experts, and only its log says which one is not there.
+        absent = _absent_experts(folder) if isinstance(error, RuntimeError) else []
+        why = f"missing tensors: {', '.join(absent[:3])}" if absent else " ".join(str(error).split())
+        raise ValueError(f"load {folder}: {why}; the checkpoint is incomplete or damaged") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             names = sorted(str(key) for key in info[kind])
@@ -164,3 +186,25 @@ def _load_transformers(folder: Path, family: Family, config_dict: dict[str, Any]
                 f"load {folder}: {kind.replace('_keys', '')} tensors: {shown}; the checkpoint does not fit its config"
             )
     return model
+
+
+def _absent_experts(folder: Path) -> list[str]:
+    """Names that a complete set of experts would have: every number with every weight."""
+    from safetensors import safe_open
+
+    found: dict[str, set[tuple[int, str]]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  not a dict
+                if match := re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", name):
+                    found.setdefault(match[1], set()).add((int(match[2]), match[3]))
+    absent = []
+    for prefix, here in found.items():
+        numbers, weights = {number for number, _ in here}, {weight for _, weight in here}
+        absent += [
+            f"{prefix}{number}{weight}"
+            for number in range(max(numbers) + 1)
+            for weight in sorted(weights)
+            if (number, weight) not in here
+        ]
+    return absent

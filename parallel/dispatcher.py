@@ -7,6 +7,7 @@ gathers in both directions, never scatter-adds, so sums have a fixed order.
 Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E experts, W ranks, R rows on this rank.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,68 +22,88 @@ class AllToAllDispatcher:
     Args:
         link: the ranks that share the experts; rank r holds experts r*E/W .. (r+1)*E/W - 1.
         num_experts: E, of all ranks together.
+        chunks: into how many parts of neighboring tokens the tokens of a layer are cut.
 
     Raises:
-        ValueError: E is not a multiple of W.
+        ValueError: E is not a multiple of W, or no chunk.
     """
 
-    def __init__(self, link: Link, num_experts: int) -> None:
+    def __init__(self, link: Link, num_experts: int, chunks: int = 1) -> None:
         if num_experts % link.size:
             raise ValueError(
                 f"expert parallelism of {link.size} does not divide {num_experts} experts: choose a divisor"
             )
+        if chunks < 1:
+            raise ValueError(f"chunks={chunks} is too small; use 1 for no chunks, or more")
         self.link = link
         self.num_local_experts = num_experts // link.size
+        self.chunks = chunks
 
-    def prepare(self, normed_BSD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, DispatchPlan]:
-        """Sort the rows by expert and agree on the split sizes.
+    def prepare(self, normed_BSD: torch.Tensor, routing: Routing) -> list[tuple[torch.Tensor, DispatchPlan]]:
+        """Sort the rows of every chunk by expert and agree on the split sizes of all chunks at once.
 
         Args:
             normed_BSD: the tokens.
             routing: where each of them goes.
 
         Returns:
-            Rows [T*K, D] in the order of their experts, and the plan.
+            Per chunk: rows [T*K, D] in the order of their experts, and the plan.
 
-        Note: exchanges W*E/W counts and synchronizes the host, because split sizes are host integers.
+        Note: exchanges E counts per chunk and synchronizes the host, because split sizes are host integers.
         """
         world, local = self.link.size, self.num_local_experts
-        expert_of_slot = routing.experts_TK.reshape(-1)
-        slot_of_row = torch.argsort(expert_of_slot, stable=True)
-        row_of_slot = torch.empty_like(slot_of_row)
-        row_of_slot[slot_of_row] = torch.arange(slot_of_row.numel(), device=slot_of_row.device)
-        sent_WE = torch.bincount(expert_of_slot, minlength=world * local).view(world, local)
-        received_WE = self.link.exchange_counts(sent_WE)
-        local_expert_WE = torch.arange(local, device=received_WE.device).repeat(world)
-        plan = DispatchPlan(
-            collective=AllToAll(
-                link=self.link,
-                input_splits=tuple(sent_WE.sum(1).tolist()),
-                output_splits=tuple(received_WE.sum(1).tolist()),
-            ),
-            expert_R=torch.repeat_interleave(local_expert_WE, received_WE.reshape(-1)),
-            slot_of_row=slot_of_row,
-            row_of_slot=row_of_slot,
-            shape_BSD=normed_BSD.shape,
-        )
         tokens_TD = normed_BSD.reshape(-1, normed_BSD.shape[-1])
-        return _Permute.apply(tokens_TD, slot_of_row, row_of_slot), plan
+        sizes = _even_sizes(tokens_TD.shape[0], self.chunks)
+        expert_of_slot = [experts_TK.reshape(-1) for experts_TK in routing.experts_TK.split(sizes)]
+        sent_CWE = torch.stack([torch.bincount(expert, minlength=world * local) for expert in expert_of_slot]).view(
+            self.chunks, world, local
+        )
+        received_WCE = self.link.exchange_counts(sent_CWE.transpose(0, 1).reshape(world, -1))
+        received_CWE = received_WCE.view(world, self.chunks, local).transpose(0, 1)
+        input_splits, output_splits = sent_CWE.sum(2).tolist(), received_CWE.sum(2).tolist()
+        local_expert_WE = torch.arange(local, device=received_CWE.device).repeat(world)
+        prepared = []
+        for chunk, chunk_TD in enumerate(tokens_TD.split(sizes)):
+            slot_of_row = torch.argsort(expert_of_slot[chunk], stable=True)
+            row_of_slot = torch.empty_like(slot_of_row)
+            row_of_slot[slot_of_row] = torch.arange(slot_of_row.numel(), device=slot_of_row.device)
+            plan = DispatchPlan(
+                collective=AllToAll(
+                    link=self.link,
+                    input_splits=tuple(input_splits[chunk]),
+                    output_splits=tuple(output_splits[chunk]),
+                ),
+                expert_R=torch.repeat_interleave(local_expert_WE, received_CWE[chunk].reshape(-1)),
+                slot_of_row=slot_of_row,
+                row_of_slot=row_of_slot,
+            )
+            prepared.append((_Permute.apply(chunk_TD, slot_of_row, row_of_slot), plan))
+        return prepared
 
-    def merge(self, rows: torch.Tensor, routing: Routing, plan: DispatchPlan) -> torch.Tensor:
+    def merge(self, rows: Sequence[torch.Tensor], routing: Routing, plans: Sequence[DispatchPlan]) -> torch.Tensor:
         """Weighted sum of the returned rows.
 
         Args:
-            rows: [T*K, D] in the order they were sent.
+            rows: per chunk [T*K, D] in the order they were sent.
             routing: the weights.
-            plan: what `prepare` returned.
+            plans: what `prepare` returned.
 
         Returns:
-            [B, S, D].
+            [T, D].
         """
-        num_tokens, top_k = routing.experts_TK.shape
-        slots = _Reorder.apply(rows, plan.row_of_slot, plan.slot_of_row)
-        weighted = slots * routing.weights_TK.reshape(-1, 1)
-        return weighted.view(num_tokens, top_k, -1).sum(dim=1).to(rows.dtype).view(plan.shape_BSD)
+        top_k = routing.experts_TK.shape[1]
+        weights = routing.weights_TK.split([plan.row_of_slot.numel() // top_k for plan in plans])
+        merged = []
+        for chunk_rows, weights_TK, plan in zip(rows, weights, plans, strict=True):
+            slots = _Reorder.apply(chunk_rows, plan.row_of_slot, plan.slot_of_row)
+            weighted = slots * weights_TK.reshape(-1, 1)
+            merged.append(weighted.view(*weights_TK.shape, -1).sum(dim=1).to(chunk_rows.dtype))
+        return merged[0] if len(merged) == 1 else torch.cat(merged)
+
+
+def _even_sizes(total: int, parts: int) -> list[int]:
+    """Sizes of `parts` neighboring stretches that differ by at most one."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 class _Permute(torch.autograd.Function):
