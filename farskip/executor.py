@@ -105,6 +105,12 @@ class Executor:
             self._schedules[key] = choose_schedule(self.graph, self.mode, segments=key, times=self.times)
         return self._schedules[key]
 
+    def choose(self, mode: str, times: StageTimes | None) -> None:
+        """Choose schedules anew from here on, for example after the stage times were measured."""
+        self.mode, self.times = mode, times
+        self._schedules = {}
+        self.schedule()
+
     def set_schedule(self, schedule: Schedule) -> None:
         """Use this schedule for its segments, for example the one that rank 0 has chosen."""
         self._schedules[schedule.segments] = schedule

@@ -174,3 +174,42 @@ def placements() -> Iterator[Placement]:
     for first, core, expert in itertools.product(attention_in, attention_core, shared):
         if core.position(0) >= first.position(0):  # the core cannot come before its projections
             yield Placement(attention_in=first, attention_core=core, shared=expert)
+
+
+def explain(steps: Sequence[Instruction], times: StageTimes, direction: str = "forward") -> str:
+    """The arithmetic of the windows: what every collective hides under, and what stays exposed.
+
+    Args:
+        steps: `Schedule.forward` or `Schedule.backward`.
+        times: how long each stage takes.
+        direction: which of the times apply.
+
+    Returns:
+        A table with one line per collective (its time, the compute between its launch and its wait, the simulated
+        exposed time, the stages in the window), and their sums.
+    """
+    timeline = simulate(steps, times, direction)
+    took = {span.key: span.stop - span.start for span in timeline.compute}
+    transfer = {span.key: span.stop - span.start for span in timeline.communication}
+    open_windows: dict[Key, list[Key]] = {}
+    rows = [("collective", "transfer", "window", "exposed", "hides under")]
+    for step in steps:
+        if step.do is Do.LAUNCH:
+            open_windows[step.key] = []
+        elif step.do is Do.RUN:
+            for inside in open_windows.values():
+                inside.append(step.key)
+        else:
+            inside = open_windows.pop(step.key)
+            window = sum(took[key] for key in inside)
+            names = ", ".join(str(key) for key in inside) or "nothing"
+            cells = (transfer[step.key], window, timeline.exposed[step.key])
+            rows.append((str(step.key), *(f"{cell:.2f}" for cell in cells), names))
+    hidden = timeline.communication_total - timeline.exposed_total
+    share = f"{100 * hidden / timeline.communication_total:.0f} % hidden" if timeline.communication_total else "none"
+    rows.append(("sum", f"{timeline.communication_total:.2f}", "", f"{timeline.exposed_total:.2f}", share))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) + f"  {row[4]}"
+        for row in rows
+    )

@@ -57,6 +57,8 @@ class ParallelConfig:
     """Ranks that share the experts of a layer (expert parallelism); 0: all ranks."""
     schedule: str = "overlapped"
     """overlapped: collectives run under compute; serial: each is waited for at once. Same function, same bits."""
+    warmup_steps: int = 2
+    """Steps that measure the stages before training, to choose the overlapped schedule by; 0: by relative defaults."""
     chunks: int = 1
     """Parts into which each layer's tokens are cut on their way, so that exchanges also hide under routed experts."""
     recompute: Recompute = Recompute.none
@@ -161,7 +163,7 @@ class ShowConfig:
     new_tokens: int = 48
     """Tokens of each continuation."""
     timed_steps: int = 4
-    """Steps timed per schedule over the emulated link, serial and overlapped in turn; the last of each is traced."""
+    """Steps timed per schedule over the emulated link, serial and overlapped in turn; one more of each is traced."""
 
 
 def _demo_pretrain() -> TrainingConfig:

@@ -7,6 +7,7 @@ its own original, (e) time and trace a serial and an overlapped step over an emu
 import statistics
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from farskip.launch.distill import distill
 from farskip.launch.hydra_command import run_hydra
 from farskip.launch.pretrain import pretrain
 from farskip.launch.ranks import Ranks, run_on_local_ranks
+from farskip.launch.run_folder import check_run_folder, write_config
 from farskip.report import Overlap, damage_sentence, write_conversion_report
 
 INTRO = """
@@ -33,7 +35,8 @@ usage: farskip demo [key=value ...]
 
 Pretrains a small mixture-of-experts model on the source of the Python standard library, rewires it, measures the damage
 on held-out text, repairs it by self-distillation on two ranks with expert parallelism, and traces what was hidden.
-Needs no GPU and no network. Leaves a report in <run.folder>/report.md.
+Needs no GPU and no network. Leaves a report in <run.folder>/report.md. Stopped by Ctrl-C or SIGTERM during training it
+saves, and goes on from there with run.resume=true.
 """
 
 
@@ -42,25 +45,27 @@ def main(argv: list[str]) -> int:
     return run_hydra("demo", DemoConfig, _start, argv, intro=INTRO)
 
 
-def _start(config: DemoConfig) -> None:
+def _start(config: DemoConfig) -> bool:
     folder = Path(config.run.folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"run.folder={folder} is not empty: give another one, e.g. farskip demo run.folder=runs/demo2")
+    check_run_folder(folder, resume=config.run.resume)
     if not config.data.path:
         config.data.path = sysconfig.get_path("stdlib")
     config.data.check()
     for training in (config.pretrain, config.distill):
         training.check()
+    report = folder / "report.md"
+    report.unlink(missing_ok=True)
     run_on_local_ranks(demo, config, config.run, config.ranks)
-    print((folder / "report.md").read_text())
-    print(f"report:  {folder / 'report.md'}\nmodel:   {folder / 'repaired' / 'model'}\ntraces:  {folder / 'traces'}")
+    if not report.exists():
+        print(f"stopped before the end; the same command with run.resume=true goes on in {folder}")
+        return False
+    print(report.read_text())
+    print(f"report:  {report}\nmodel:   {folder / 'repaired' / 'model'}\ntraces:  {folder / 'traces'}")
+    return True
 
 
 def demo(ranks: Ranks, config: DemoConfig) -> None:
     """All stages on one rank of the demo. A collective."""
-    from farskip.models.attach import attachment_of
-    from farskip.models.pretrained import load
-
     folder, minutes = Path(config.run.folder), {}
     original, repaired = folder / "original", folder / "repaired"
 
@@ -68,9 +73,11 @@ def demo(ranks: Ranks, config: DemoConfig) -> None:
         if ranks.rank == 0:
             print(f"\n== {stage}", flush=True)
 
+    if ranks.rank == 0:
+        write_config(config, folder)
     announce(f"pretrain a {config.model.family} model on {config.data.path}")
     started = time.monotonic()
-    pretrain(
+    finished = pretrain(
         ranks,
         PretrainConfig(
             model=config.model,
@@ -82,6 +89,8 @@ def demo(ranks: Ranks, config: DemoConfig) -> None:
             run=_run(config.run, original),
         ),
     )
+    if not finished:
+        return
     minutes["pretrain"] = (time.monotonic() - started) / 60
 
     announce(f"rewire to {config.wiring.name}, measure, repair by distillation")
@@ -100,22 +109,25 @@ def demo(ranks: Ranks, config: DemoConfig) -> None:
         prompt=config.show.prompt,
         new_tokens=config.show.new_tokens,
     )
+    if conversion is None:
+        return
     minutes["measure and repair"] = (time.monotonic() - started) / 60
 
     announce("time and trace a serial and an overlapped step over an emulated link")
     started = time.monotonic()
-    overlaps = show_overlap(ranks, config, repaired / "model", folder / "traces") if ranks.world_size > 1 else ()
+    overlaps, same_bits = (), False
+    if ranks.world_size > 1:
+        overlaps, same_bits = show_overlap(ranks, config, repaired / "model", folder / "traces")
     minutes["overlap"] = (time.monotonic() - started) / 60
     if ranks.rank != 0:
         return
-    attachment = attachment_of(load(repaired / "model"))
-    assert attachment is not None
     write_conversion_report(
         folder,
         conversion.measured,
         conversion.wiring,
         link=_link_words(config),
         overlaps=overlaps,
+        same_bits=same_bits,
         metrics={"pretrain": original, "distill": repaired},
         minutes=minutes,
         schedule=(repaired / "schedule.txt").read_text() if ranks.world_size > 1 else "",
@@ -123,8 +135,12 @@ def demo(ranks: Ranks, config: DemoConfig) -> None:
     print(damage_sentence(conversion.measured), flush=True)
 
 
-def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Path) -> tuple[Overlap, ...]:
-    """Timed steps of both schedules in turn, the last of each traced and inspected. A collective."""
+def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Path) -> tuple[tuple[Overlap, ...], bool]:
+    """Timed steps of both schedules in turn, one more of each traced and inspected. A collective.
+
+    Returns:
+        What was seen (on rank 0), and whether loss and gradients of the two were equal bit for bit on every rank.
+    """
     import torch
     import torch.distributed as dist
 
@@ -148,14 +164,18 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
         parallel = ParallelConfig(ep=config.parallel.ep, schedule=schedule, link=link)
         variants[schedule] = job.prepare(load(model_path), parallel, config.balance, ranks, mesh)
 
+    results: dict[Any, list[torch.Tensor | None]] = {}
+
     def step(prepared: Any) -> float:
         objective = PretrainObjective(prepared.language_model, chunk_tokens=config.pretrain.loss_chunk_tokens)
         prepared.model.zero_grad(set_to_none=True)
         dist.barrier()
         started = time.perf_counter()
-        (objective.loss(batch).loss / batch.num_labels()).backward()
+        loss = objective.loss(batch).loss / batch.num_labels()
+        loss.backward()
         slowest = torch.tensor([1e3 * (time.perf_counter() - started)])
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        results[prepared.model] = [loss.detach(), *(parameter.grad for parameter in prepared.model.parameters())]
         return float(slowest)
 
     times: dict[str, list[float]] = {schedule: [] for schedule in variants}
@@ -164,6 +184,8 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
     for _ in range(config.show.timed_steps):
         for schedule, prepared in variants.items():
             times[schedule].append(step(prepared))
+    same_bits = torch.tensor([float(_equal(*results.values()))])
+    dist.all_reduce(same_bits, op=dist.ReduceOp.MIN)
     for schedule, prepared in variants.items():
         attachment = attachment_of(prepared.model)
         assert attachment is not None
@@ -172,8 +194,20 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
             session.step()
         dist.barrier()
     if ranks.rank != 0:
-        return ()
-    return tuple(_inspected(schedule, times[schedule], folder, ranks.world_size) for schedule in variants)
+        return (), bool(same_bits)
+    seen = tuple(_inspected(schedule, times[schedule], folder, ranks.world_size) for schedule in variants)
+    return seen, bool(same_bits)
+
+
+def _equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    import torch
+
+    def bits(tensor: Any) -> Any:
+        return tensor.reshape(-1).view(torch.uint8)
+
+    return all(
+        a is b if a is None or b is None else torch.equal(bits(a), bits(b)) for a, b in zip(one, other, strict=True)
+    )
 
 
 def _inspected(schedule: str, step_ms: list[float], folder: Path, world_size: int) -> Overlap:

@@ -7,7 +7,8 @@ from typing import Any
 from farskip.evaluation import Evaluation
 from farskip.launch.config import DistillConfig
 from farskip.launch.hydra_command import run_hydra
-from farskip.launch.ranks import Ranks, torchrun_ranks
+from farskip.launch.ranks import Ranks, print_on_first_rank, torchrun_ranks
+from farskip.launch.run_folder import check_run_folder
 from farskip.report import Measured, write_conversion_report
 
 INTRO = """
@@ -24,16 +25,17 @@ DTYPES = ("float32", "bfloat16", "auto")
 
 def main(argv: list[str]) -> int:
     """Entry of the command."""
-    return run_hydra("distill", DistillConfig, _start, argv, intro=INTRO)
+    return run_hydra("distill", DistillConfig, _start, argv, intro=INTRO, announce=print_on_first_rank)
 
 
-def _start(config: DistillConfig) -> None:
+def _start(config: DistillConfig) -> bool:
     with torchrun_ranks(config.run) as ranks:
         outcome = distill(ranks, config)
-        if ranks.rank == 0:
+        if outcome is not None and ranks.rank == 0:
             folder = Path(config.run.folder)
             write_conversion_report(folder, outcome.measured, outcome.wiring)
             print(f"report: {folder / 'report.md'}  model: {folder / 'model'}")
+        return outcome is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +51,7 @@ class Conversion:
     wiring: str
 
 
-def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens: int = 48) -> Conversion:
+def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens: int = 48) -> Conversion | None:
     """The conversion loop: rewire, measure, distill, measure, export. A collective.
 
     Args:
@@ -57,6 +59,9 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
         config: the command's configuration.
         prompt: text that the three models continue; the start of a held-out text if empty.
         new_tokens: length of the continuations.
+
+    Returns:
+        What was measured; None when it was asked to stop before the end: nothing is exported, the run can be resumed.
     """
     import torch
 
@@ -65,11 +70,12 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
     from farskip.models.pretrained import load
     from farskip.models.surgery import rewire, wiring_of
     from farskip.objectives import DistillationObjective
+    from farskip.trainer import StopReason
 
     config.training.check()
     folder = Path(config.run.folder)
     if ranks.rank == 0:
-        job.check_run_folder(folder, resume=config.run.resume)
+        check_run_folder(folder, resume=config.run.resume)
     if not config.model.path:
         raise ValueError("model.path is empty: give the folder of the original, e.g. model.path=/home/me/model")
     if config.model.dtype not in DTYPES:
@@ -85,7 +91,6 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
     mesh = job.build_job_mesh(config.parallel, ranks)
     teacher = job.prepare(original, config.parallel, config.balance, ranks, mesh, frozen=True)
     prepared = job.prepare(student, config.parallel, config.balance, ranks, mesh)
-    job.write_plan(prepared, config, folder, ranks)
     text = prompt or _heldout_prompt(tokenizer, data)
     num_batches = config.training.heldout.num_batches
 
@@ -103,7 +108,9 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
         positions=config.training.distilled_positions,
         chunk_tokens=config.training.loss_chunk_tokens,
     )
-    job.run_training(
+    times = job.tune(prepared, objective, data, config.parallel)
+    job.write_plan(prepared, config, folder, ranks, times)
+    result = job.run_training(
         prepared,
         objective,
         data,
@@ -113,6 +120,8 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
         resume=config.run.resume,
         trace_steps=config.profile.steps,
     )
+    if result.reason is StopReason.shutdown:
+        return None
     outcome = (*before, measured("repaired", prepared, teacher))
     job.export(prepared, tokenizer, folder / "model", ranks)
     return Conversion(measured=outcome, wiring=str(wiring_of(student)))

@@ -1,35 +1,46 @@
-"""Hydra commands: ``key=value`` overrides, multirun, and errors in one line.
+"""Hydra commands: ``key=value`` overrides, every combination of several values, and errors in one line.
 
-A wrong override is refused before anything starts, with the key that is nearest to what was typed. ``--help`` lists
-every key with its default and its meaning, read from the strings below the fields of the configuration classes.
+Composes with Hydra's grammar and configuration groups, but not with Hydra's own main function: that one writes files
+into the working folder, reads sys.argv and prints errors of its own. Every override is looked at, and every
+combination of a ``--multirun`` is composed, before the first job starts; what is wrong is refused with the key that is
+nearest to what was typed. ``--help`` lists every key with its default and its meaning, read from the strings below the
+fields of the configuration classes.
 """
 
 import ast
 import difflib
 import inspect
-import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 
-_HYDRA_FLAGS = ("--multirun", "-m", "--cfg", "-c", "--package", "-p", "--info", "-i", "--resolve", "--hydra-help")
+_FLAGS = ("-h", "--help", "-m", "--multirun", "-c", "--cfg", "--resolve")
 
 
 def run_hydra(
-    command: str, config_class: type[Config], job: Callable[[Config], None], argv: list[str], *, intro: str
+    command: str,
+    config_class: type[Config],
+    job: Callable[[Config], bool],
+    argv: Sequence[str],
+    *,
+    intro: str,
+    announce: Callable[[str], None] = print,
 ) -> int:
     """Compose the configuration of a command and run its job on it, once or, with ``--multirun``, for each combination.
 
     Args:
         command: name of the command and of its primary configuration in ``farskip.conf``.
         config_class: the structured configuration.
-        job: called with an instance of it.
+        job: called with an instance of it; False when it was asked to stop, which ends a multirun, too.
         argv: the words after the command.
         intro: text above the list of keys in ``--help``.
+        announce: called with one line per combination of a multirun.
 
     Returns:
         Exit code 0.
@@ -37,30 +48,23 @@ def run_hydra(
     Raises:
         ValueError: an override that does not fit; names the nearest key.
     """
-    if any(word in ("-h", "--help") for word in argv):
-        _register(command, config_class)
-        print(help_text(_compose(command, []), intro), end="")
+    words = _Words.sorted_from(argv)
+    with _hydra(command, config_class) as compose:
+        if words.help:
+            print(help_text(compose([]), intro), end="")
+            return 0
+        known = _KnownKeys.of(config_class, compose)
+        combinations = _combinations([known.checked(override) for override in words.overrides], words.multirun)
+        configs = [_composed(compose, known, overrides) for overrides in combinations]
+    if words.show:
+        print("---\n".join(_yaml(config) for config in configs), end="")
         return 0
-    unknown = [word for word in argv if word.startswith("-") and word.partition("=")[0] not in _HYDRA_FLAGS]
-    if unknown:
-        raise ValueError(f"there is no option {unknown[0]!r}; settings are given as key=value, --help lists them")
-    _register(command, config_class)
-    if not any(word.startswith("-") for word in argv):  # with a flag of its own, Hydra checks the overrides itself
-        _check_overrides(command, config_class, argv)
-    failures: list[BaseException] = []
-
-    def hydra_job(composed: Any) -> None:
-        from omegaconf import OmegaConf
-
-        try:
-            job(OmegaConf.to_object(composed))  # type: ignore[arg-type]
-        except (ValueError, RuntimeError, OSError) as error:
-            # Hydra would print its own account and end the process with 1; the caller turns this into one line.
-            failures.append(error)
-
-    _run_main(command, hydra_job, argv)
-    if failures:
-        raise failures[0]
+    _refuse_shared_folder(configs)
+    for number, (overrides, config) in enumerate(zip(combinations, configs, strict=True), start=1):
+        if words.multirun:
+            announce(f"== {number} of {len(configs)}: {' '.join(word.lstrip('+') for word in overrides)}")
+        if not job(config):
+            break
     return 0
 
 
@@ -73,7 +77,9 @@ def help_text(config: Any, intro: str) -> str:
     lines += [
         "",
         "A list is written [1,2], nothing is null, text with spaces needs quotes inside quotes: 'show.prompt=\"a b\"'.",
-        "--multirun runs every combination of comma-separated values; --cfg job prints the resolved configuration.",
+        "--multirun runs every combination of comma-separated values, each in a folder of its own:",
+        "  --multirun wiring.name=farskip,ladder 'run.folder=runs/${wiring.name}'",
+        "--cfg job prints the resolved configuration and runs nothing.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -121,69 +127,180 @@ def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str) and (not value or "\n" in value or " " in value) else str(value)
 
 
-def _register(command: str, config_class: type) -> None:
-    from hydra.core.config_store import ConfigStore
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Words:
+    """What was typed after the command."""
 
-    ConfigStore.instance().store(name=f"{command}_schema", node=config_class)
+    overrides: tuple[str, ...]
+    help: bool
+    multirun: bool
+    show: bool
+
+    @staticmethod
+    def sorted_from(argv: Sequence[str]) -> "_Words":
+        flags, overrides = set(), []
+        rest = list(argv)
+        while rest:
+            word = rest.pop(0)
+            if word in ("-c", "--cfg"):
+                word = f"--cfg={rest.pop(0) if rest else ''}"
+            if word.startswith("--cfg=") and word != "--cfg=job":
+                raise ValueError(f"{word.replace('=', ' ')!r} is not known; --cfg job prints the configuration")
+            if not word.startswith("-"):
+                overrides.append(word)
+            elif word.partition("=")[0] in _FLAGS:
+                flags.add(word)
+            else:
+                near = difflib.get_close_matches(word, _FLAGS, n=1, cutoff=0.7)
+                advice = f"did you mean {near[0]!r}?" if near else "settings are given as key=value, --help lists them"
+                raise ValueError(f"there is no option {word!r}; {advice}")
+        return _Words(
+            overrides=tuple(overrides),
+            help=bool(flags & {"-h", "--help"}),
+            multirun=bool(flags & {"-m", "--multirun"}),
+            show="--cfg=job" in flags,
+        )
 
 
-def _compose(command: str, overrides: list[str]) -> Any:
+Compose = Callable[[Sequence[str]], Any]
+
+
+@contextmanager
+def _hydra(command: str, config_class: type) -> Iterator[Compose]:
+    """Hydra, initialized for the time of the block: a function from overrides to an instance of the configuration."""
     from hydra import compose, initialize_config_module
+    from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
+    ConfigStore.instance().store(name=f"{command}_schema", node=config_class)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("farskip.conf", version_base="1.3"):
-            return OmegaConf.to_object(compose(command, overrides))
+            yield lambda overrides: OmegaConf.to_object(compose(command, list(overrides)))
     finally:
         GlobalHydra.instance().clear()
 
 
-def _check_overrides(command: str, config_class: type, overrides: list[str]) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _KnownKeys:
+    """The keys of a command, for the check of what was typed.
+
+    Attributes:
+        defaults: dotted key -> default.
+        groups: a section that is chosen by name, as model=demo -> its names.
+    """
+
+    defaults: dict[str, Any]
+    groups: dict[str, list[str]]
+
+    @staticmethod
+    def of(config_class: type, compose: Compose) -> "_KnownKeys":
+        from hydra.core.global_hydra import GlobalHydra
+
+        loader = GlobalHydra.instance().config_loader()
+        sections = {field.name: loader.get_group_options(field.name) for field in fields(config_class)}
+        return _KnownKeys(
+            defaults={key: default for key, default, _ in documented_keys(compose([]))},
+            groups={section: names for section, names in sections.items() if names},
+        )
+
+    def checked(self, override: str) -> str:
+        """The override, with a ``+`` where a key may be new; ``+`` is not needed elsewhere, and dropped.
+
+        Raises:
+            ValueError: no value, or no such key.
+        """
+        typed, equals, value = override.partition("=")
+        key = typed.lstrip("+~")
+        is_free = any(type(default) is dict and key.startswith(f"{name}.") for name, default in self.defaults.items())
+        if not (key in self.defaults or key in self.groups or is_free):
+            raise ValueError(self._unknown(key, has_value=bool(equals)))
+        if typed.startswith("~"):
+            raise ValueError(f"{override!r}: a setting cannot be taken away; give it another value, null is nothing")
+        if not equals:
+            raise ValueError(f"{override!r} has no value; write {key}=value")
+        if value.startswith("~/"):  # no shell expands it after a dotted key, and Hydra's grammar has no place for it
+            value = f"'{Path(value).expanduser()}'"
+        return f"{'++' if is_free else ''}{key}={value}"
+
+    def _unknown(self, key: str, *, has_value: bool) -> str:
+        below = [known for known in self.defaults if known.startswith(f"{key}.")]
+        if below:
+            return f"{key!r} is a group of settings; give one of them, as {below[0]}=value"
+        same_end = [known for known in self.defaults if known.endswith(f".{key}")]
+        near = same_end or difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.5)
+        advice = f"did you mean {near[0]!r}?" if near else "--help lists them"
+        return f"there is no setting {key!r}; {advice}" if has_value else f"{key!r} is no setting; write key=value"
+
+    def explain(self, error: BaseException, overrides: Sequence[str]) -> str:
+        """One line for a value that does not fit."""
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if key in self.groups and value not in self.groups[key]:
+                return f"there is no {key}={value}; choose {' or '.join(self.groups[key])}"
+        root = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = str(root).strip().partition("\n")[0].rstrip(".")
+        key = getattr(root, "full_key", None)
+        if not key:
+            return reason
+        example = f"; the default is {key}={_shown(self.defaults[key])}" if key in self.defaults else ""
+        return f"{key}: {reason}{example}"
+
+
+def _combinations(overrides: Sequence[str], multirun: bool) -> list[list[str]]:
+    """Every combination of the values; one without ``--multirun``."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed = []
+    for override in overrides:
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"{override.lstrip('+')}: {reason}; special characters need quotes inside quotes, as 'key=\"a b\"'"
+            ) from None
+        if parsed[-1].is_sweep_override() and not multirun:
+            raise ValueError(
+                f"{override.lstrip('+')} has several values: --multirun runs each, a list is written [1,2], "
+                "and text with a comma needs quotes inside quotes"
+            )
+    try:
+        return BasicSweeper.split_arguments(parsed, None)[0]
+    except HydraException as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def _composed(compose: Compose, known: _KnownKeys, overrides: Sequence[str]) -> Any:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        _compose(command, overrides)
+        return compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error, config_class, overrides)) from None
+        raise ValueError(known.explain(error, overrides)) from None
 
 
-def _explain(error: BaseException, config_class: type, overrides: list[str]) -> str:
-    """One line for a wrong override: the nearest key if the key is wrong, else what Hydra says of the value."""
-    known = {key: type(default) for key, default, _ in documented_keys(config_class())}
-    groups = {key.rsplit(".", 1)[0] for key in known if "." in key}
-    free = [key for key, kind in known.items() if kind is dict]
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        is_known = key in known or key in groups or any(key.startswith(f"{name}.") for name in free)
-        if "=" not in override:
-            return f"{override!r} is no setting; write key=value"
-        if not is_known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            return f"there is no setting {key!r}; " + (f"did you mean {near[0]!r}?" if near else "--help lists them")
-    root = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    return " ".join(str(root).split())
+def _refuse_shared_folder(configs: Sequence[Any]) -> None:
+    seen = set()
+    for config in configs:
+        folder = config.run.folder
+        if folder in seen:
+            raise ValueError(
+                f"--multirun: two combinations write to run.folder={folder}; name it by what differs, "
+                "e.g. 'run.folder=runs/${wiring.name}'"
+            )
+        seen.add(folder)
 
 
-def _run_main(command: str, job: Callable[[Any], None], argv: list[str]) -> None:
-    """Hydra's own entry reads sys.argv; give it ours, and keep it from writing folders and log files of its own."""
-    import hydra
+def _yaml(config: Any) -> str:
+    from omegaconf import OmegaConf
 
-    previous = sys.argv
-    quiet = [
-        "hydra.run.dir=.",
-        "hydra.output_subdir=null",
-        "hydra/job_logging=disabled",
-        "hydra/hydra_logging=disabled",
-        "hydra.sweep.dir=.",
-        "hydra.sweep.subdir=.",
-    ]
-    sys.argv = [f"farskip {command}", *argv, *quiet]
-    try:
-        hydra.main(version_base="1.3", config_path="pkg://farskip.conf", config_name=command)(job)()
-    finally:
-        sys.argv = previous
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -4,7 +4,6 @@ Order matters and is the same everywhere: text, model, wiring, parallel, balance
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,11 @@ from farskip.data_config import DataConfig
 from farskip.evaluation import Evaluation, evaluate
 from farskip.launch.config import BalanceConfig, LinkConfig, LinkKind, ParallelConfig, Recompute
 from farskip.launch.ranks import Ranks
+from farskip.launch.run_folder import write_config, write_text
 from farskip.models.attach import attachment_of, layers_of
 from farskip.models.balancing import balance_model
 from farskip.models.language_model import HFLanguageModel
-from farskip.models.parallelize import parallelize
+from farskip.models.parallelize import parallelize, tune_schedule
 from farskip.models.pretrained import save
 from farskip.models.surgery import rewire, wiring_of
 from farskip.optimizer import build_optimizer
@@ -31,7 +31,9 @@ from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.emulated_link import EmulatedLink
 from farskip.parallel.mesh import EP_AXIS, build_mesh
 from farskip.profiling import StepTracer
+from farskip.schedule import Schedule
 from farskip.shutdown import ShutdownRequest
+from farskip.simulator import StageTimes, explain
 from farskip.trainer import CHECKPOINTS, StopReason, TrainResult, train
 from farskip.training_config import TrainingConfig
 from farskip.training_protocols import Communicator, Objective, SingleProcess
@@ -196,21 +198,42 @@ def measure(
     return result
 
 
-def write_plan(prepared: Prepared, config: Any, folder: Path, ranks: Ranks) -> None:
+def tune(prepared: Prepared, objective: Objective, data: TextData, parallel: ParallelConfig) -> StageTimes | None:
+    """Choose the schedule by measured stage times; None where there is nothing to choose. A collective."""
+    if parallel.warmup_steps < 0:
+        raise ValueError(f"parallel.warmup_steps={parallel.warmup_steps} is too small; use 0 for no warm-up")
+    if parallel.warmup_steps == 0:
+        return None
+    batch = next(data.train_batches()).to(next(prepared.model.parameters()).device)
+
+    def step() -> None:
+        objective.loss(batch).loss.backward()
+        prepared.model.zero_grad(set_to_none=True)
+
+    return tune_schedule(prepared.model, step, parallel.warmup_steps)
+
+
+def write_plan(prepared: Prepared, config: Any, folder: Path, ranks: Ranks, times: StageTimes | None) -> None:
     """The resolved configuration and the schedule, beside the run."""
     if ranks.rank != 0:
         return
-    from omegaconf import OmegaConf
+    write_config(config, folder)
+    schedule = schedule_of(prepared)
+    write_text(folder / "schedule.json", json.dumps(schedule.to_dict(), indent=1) + "\n")
+    text = [f"{wiring_of(prepared.model)}, {schedule.mode}"]
+    for direction, steps in (("forward", schedule.forward), ("backward", schedule.backward)):
+        text += ["", direction, schedule.timeline(direction)]
+        if times is not None:
+            text += ["", "measured stage times (ms) say, no contention assumed:", explain(steps, times, direction)]
+    write_text(folder / "schedule.txt", "\n".join(text) + "\n")
 
+
+def schedule_of(prepared: Prepared) -> Schedule:
+    """The schedule that training steps of a model follow."""
     attachment = attachment_of(prepared.model)
     assert attachment is not None
-    recompute = attachment.segments(recompute=any(layer.gradient_checkpointing for layer in layers_of(prepared.model)))
-    schedule = attachment.executor.schedule(recompute)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-    _write(folder / "schedule.json", json.dumps(schedule.to_dict(), indent=1) + "\n")
-    text = [f"{wiring_of(prepared.model)}, {schedule.mode}", "", "forward", schedule.timeline("forward")]
-    _write(folder / "schedule.txt", "\n".join([*text, "", "backward", schedule.timeline("backward"), ""]))
+    recompute = any(layer.gradient_checkpointing for layer in layers_of(prepared.model))
+    return attachment.executor.schedule(attachment.segments(recompute=recompute))
 
 
 def export(prepared: Prepared, tokenizer: Any, path: Path, ranks: Ranks) -> None:
@@ -236,24 +259,3 @@ def _load_weights(prepared: Prepared, config: TrainingConfig, folder: Path, chec
 
 def _barrier(ranks: Ranks) -> Any:
     return dist.barrier if ranks.world_size > 1 else lambda: None
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.rename(path)
-
-
-def check_run_folder(folder: Path, *, resume: bool) -> None:
-    """Refuse a folder that already holds a finished or begun run, before any work is done.
-
-    Raises:
-        ValueError: the folder is in use and `resume` is off, or nothing can be written there.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run.folder={folder} is a file: give a folder")
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"run.folder={folder} is not empty: give another folder, or run.resume=true to continue")
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"run.folder={folder}: cannot write in {nearest}; give a folder in a place of yours")

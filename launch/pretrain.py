@@ -4,7 +4,8 @@ from pathlib import Path
 
 from farskip.launch.config import PretrainConfig
 from farskip.launch.hydra_command import run_hydra
-from farskip.launch.ranks import Ranks, torchrun_ranks
+from farskip.launch.ranks import Ranks, print_on_first_rank, torchrun_ranks
+from farskip.launch.run_folder import check_run_folder
 
 INTRO = """
 usage: farskip pretrain data.path=DIR [key=value ...]
@@ -17,25 +18,30 @@ model in <run.folder>/model, in transformers' format.
 
 def main(argv: list[str]) -> int:
     """Entry of the command."""
-    return run_hydra("pretrain", PretrainConfig, _start, argv, intro=INTRO)
+    return run_hydra("pretrain", PretrainConfig, _start, argv, intro=INTRO, announce=print_on_first_rank)
 
 
-def _start(config: PretrainConfig) -> None:
+def _start(config: PretrainConfig) -> bool:
     with torchrun_ranks(config.run) as ranks:
-        pretrain(ranks, config)
+        return pretrain(ranks, config)
 
 
-def pretrain(ranks: Ranks, config: PretrainConfig) -> None:
-    """Train from scratch and export. A collective."""
+def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
+    """Train from scratch and export. A collective.
+
+    Returns:
+        False when it was asked to stop before the end: nothing is exported, the run can be resumed.
+    """
     from farskip.launch import job
     from farskip.models.fresh import build_model
     from farskip.models.surgery import rewire
     from farskip.objectives import PretrainObjective
+    from farskip.trainer import StopReason
 
     config.training.check()
     folder = Path(config.run.folder)
     if ranks.rank == 0:
-        job.check_run_folder(folder, resume=config.run.resume)
+        check_run_folder(folder, resume=config.run.resume)
     tokenizer, data = job.build_text(config.data, ranks)
     mesh = job.build_job_mesh(config.parallel, ranks)
     model = build_model(
@@ -47,9 +53,10 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> None:
     )
     rewire(model, config.wiring.name, job.parse_layers(config.wiring.layers))
     prepared = job.prepare(model, config.parallel, config.balance, ranks, mesh)
-    job.write_plan(prepared, config, folder, ranks)
     objective = PretrainObjective(prepared.language_model, chunk_tokens=config.training.loss_chunk_tokens)
-    job.run_training(
+    times = job.tune(prepared, objective, data, config.parallel)
+    job.write_plan(prepared, config, folder, ranks, times)
+    result = job.run_training(
         prepared,
         objective,
         data,
@@ -59,4 +66,7 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> None:
         resume=config.run.resume,
         trace_steps=config.profile.steps,
     )
+    if result.reason is StopReason.shutdown:
+        return False
     job.export(prepared, tokenizer, folder / "model", ranks)
+    return True

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from farskip.launch.config import RunConfig
+from farskip.launch.quiet import quiet_libraries
 
 _GRACE_S = 30.0
 """How long the other ranks may take to end by themselves after one has failed."""
@@ -49,8 +50,14 @@ def torchrun_ranks(run: RunConfig) -> Iterator[Ranks]:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    with _process_group(run, rank, world_size, local_rank, local_size, "env://") as ranks:
+    with quiet_libraries(), _process_group(run, rank, world_size, local_rank, local_size, "env://") as ranks:
         yield ranks
+
+
+def print_on_first_rank(line: str) -> None:
+    """Print, unless torchrun started this process as another rank than 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 @contextmanager
@@ -119,10 +126,10 @@ def run_on_local_ranks(job: Callable[[Ranks, Any], None], config: Any, run: RunC
             context.Process(target=_local_rank, args=(job, config, run, rank, world_size, store), name=f"rank {rank}")
             for rank in range(world_size)
         ]
-        for process in processes:
-            process.start()
-        with _signals_passed_on(processes):
-            _wait_for(processes)
+        with _signals_passed_on(processes) as asked_to_stop:
+            for process in processes:
+                process.start()
+            _wait_for(processes, asked_to_stop)
 
 
 def _local_rank(
@@ -133,7 +140,10 @@ def _local_rank(
     # The parent passes on what the user means; a terminal would send Ctrl-C to every process at once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with _process_group(run, rank, world_size, rank, world_size, f"file://{store}") as ranks:
+        with (
+            quiet_libraries(),
+            _process_group(run, rank, world_size, rank, world_size, f"file://{store}") as ranks,
+        ):
             job(ranks, config)
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("FARSKIP_DEBUG", "0") not in ("", "0"):
@@ -142,7 +152,7 @@ def _local_rank(
         sys.exit(1)
 
 
-def _wait_for(processes: Sequence[BaseProcess]) -> None:
+def _wait_for(processes: Sequence[BaseProcess], asked_to_stop: Callable[[], bool]) -> None:
     running = list(processes)
     failed: BaseProcess | None = None
     deadline = float("inf")
@@ -157,20 +167,26 @@ def _wait_for(processes: Sequence[BaseProcess]) -> None:
         process.join()
     if failed is not None:
         code = failed.exitcode or 0
+        if asked_to_stop() and code == -signal.SIGTERM:
+            raise RuntimeError("stopped outside of a training step, where there is nothing to save")
         how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         raise RuntimeError(f"{failed.name} of {len(processes)} {how}; its message stands above")
 
 
 @contextmanager
-def _signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[None]:
+def _signals_passed_on(processes: Sequence[BaseProcess]) -> Iterator[Callable[[], bool]]:
+    """SIGTERM and SIGINT of this process go to the ranks as SIGTERM. Gives a function: has one come?"""
+    came: list[int] = []
+
     def pass_on(number: int, frame: Any) -> None:
+        came.append(number)
         for process in processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, signal.SIGTERM)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield lambda: bool(came)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from farskip.batch import Batch
+from farskip.models.attention_seam import original_implementation
 from farskip.models.family import backbone_of
 
 
@@ -21,11 +22,27 @@ class HFLanguageModel:
         self._model: Any = model
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """Hidden states [B, S, D] after the final norm. Attention stays inside the documents of a packed sequence."""
+        """Hidden states [B, S, D] after the final norm. Attention stays inside the documents of a packed sequence.
+
+        Raises:
+            ValueError: flash attention with a packed batch of more than one sequence.
+        """
         backbone = backbone_of(self._model)
+        self._refuse_crossing(batch)
         return backbone(
             input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False
         ).last_hidden_state
+
+    def _refuse_crossing(self, batch: Batch) -> None:
+        """transformers tells flash attention where documents end for batches of one sequence only, and silently lets
+        attention cross their ends in a larger batch. No mask is at fault: flash attention is given none."""
+        name = original_implementation(self._model)
+        num_sequences = batch.input_ids_BS.shape[0]
+        if "flash" in name and num_sequences > 1 and bool((batch.position_ids_BS[:, 1:] == 0).any()):
+            raise ValueError(
+                f"attention implementation {name!r} would cross documents in a packed batch of {num_sequences} "
+                "sequences: set data.batch_size=1, or load the model with sdpa"
+            )
 
     def head(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """Logits [T, V]."""

@@ -1,5 +1,6 @@
 """`parallelize`: spread the experts of a model over ranks and put its collectives under a schedule."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from farskip.parallel.collectives import ProcessGroupLink
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.mesh import EP_AXIS, axis_size
 from farskip.simulator import StageTimes
+from farskip.stage_timer import StageTimer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,6 +71,39 @@ def parallelize(
     if dispatcher is not None:
         attachment.sharded_experts = _shard_experts(model, blocks, dispatcher.link.rank, dispatcher.link.size)
     return model
+
+
+def tune_schedule(model: Any, step: Callable[[], None], num_steps: int = 2) -> StageTimes | None:
+    """Measure the stages of a parallel model and choose its schedule by them. A collective.
+
+    Args:
+        model: a parallel model.
+        step: runs forward and backward once; called ``1 + num_steps`` times, the first one unmeasured.
+        num_steps: measured steps.
+
+    Returns:
+        Rank 0's stage times in milliseconds, on every rank; None for a model with nothing to schedule.
+
+    Note: what is computed does not depend on the schedule, so neither does anything that is trained afterwards.
+    """
+    attachment = attachment_of(model)
+    if attachment is None or not attachment.executor.graph.has_collectives or attachment.executor.mode == "serial":
+        return None
+    executor, timer = attachment.executor, StageTimer()
+    mode, hook = executor.mode, executor.routing_hook
+    executor.routing_hook = None  # the warm-up's tokens are not the training's
+    executor.choose("serial", None)
+    step()
+    executor.observers.append(timer)
+    try:
+        for _ in range(num_steps):
+            step()
+    finally:
+        executor.observers.remove(timer)
+        executor.routing_hook = hook
+    times: StageTimes = _agree(timer.times())
+    executor.choose(mode, times)
+    return times
 
 
 def full_state_dict(model: Any) -> dict[str, torch.Tensor]:

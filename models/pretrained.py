@@ -174,6 +174,8 @@ def _load_transformers(folder: Path, family: Family, config_dict: dict[str, Any]
             ignore_mismatched_sizes=True,  # reported below, by name
         )
     except (SafetensorError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "conversion" not in str(error):
+            raise
         # RuntimeError: transformers could not stack a layer's experts, and only its log says which one is not there.
         absent = _absent_experts(folder) if isinstance(error, RuntimeError) else []
         why = f"missing tensors: {', '.join(absent[:3])}" if absent else " ".join(str(error).split())

@@ -119,13 +119,14 @@ def run_backward(model: Any, ids_BS: torch.Tensor, **arguments: Any) -> tuple[to
     return logits_BSV.detach(), gradients(model)
 
 
-def forced_routing(kind: str) -> Callable[[int, Routing, bool], Routing] | None:
+def forced_routing(kind: str, tokens_per_rank: int) -> Callable[[int, Routing, bool], Routing] | None:
     """A routing hook of the executor that overrides which experts are chosen; their weights stay the router's.
 
     Args:
         kind: ``free``: the router's choice (None). ``balanced``: every expert equally often. ``one_expert``: all tokens
             to experts 0 and 1, the first of which gets one slot of each. ``idle_expert``: expert 3 gets none.
             ``idle_rank``: the second half of the experts gets none.
+        tokens_per_rank: tokens after which the choices repeat, so that a batch of several ranks is routed as on each.
     """
     experts = {
         "free": None,
@@ -139,7 +140,8 @@ def forced_routing(kind: str) -> Callable[[int, Routing, bool], Routing] | None:
     allowed = torch.tensor(list(experts))
 
     def hook(layer: int, routing: Routing, recomputing: bool) -> Routing:
-        slots = torch.arange(routing.experts_TK.numel()) + layer
+        num_slots, top_k = routing.experts_TK.numel(), routing.experts_TK.shape[1]
+        slots = torch.arange(num_slots) % (tokens_per_rank * top_k) + layer
         experts_TK = allowed[slots % allowed.numel()].view_as(routing.experts_TK)
         return Routing(logits_TE=routing.logits_TE, weights_TK=routing.weights_TK, experts_TK=experts_TK)
 

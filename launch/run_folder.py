@@ -1,0 +1,35 @@
+"""The run folder: whether a run may use it, and the settings that are written into it. Does not import torch."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+
+def check_run_folder(folder: Path, *, resume: bool) -> None:
+    """Refuse a folder that already holds a finished or begun run, before any work is done.
+
+    Raises:
+        ValueError: the folder is in use and `resume` is off, or nothing can be written there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run.folder={folder} is a file: give a folder")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"run.folder={folder} is not empty: give another folder, or run.resume=true to continue")
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"run.folder={folder}: cannot write in {nearest}; give a folder in a place of yours")
+
+
+def write_config(config: Any, folder: Path) -> None:
+    """config.yaml in the run folder: every setting of the run, as it was resolved."""
+    from omegaconf import OmegaConf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.rename(path)
