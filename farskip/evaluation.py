@@ -110,6 +110,23 @@ def evaluate(
     )
 
 
+def paired_difference(first: Evaluation, second: Evaluation) -> tuple[float, float]:
+    """Cross entropy of the second model minus that of the first, and half the width of its 95 % interval.
+
+    The difference is taken sequence by sequence, so what makes some sequences harder than others drops out.
+
+    Raises:
+        ValueError: when the two were not measured on the same sequences.
+    """
+    if first.sequence_tokens != second.sequence_tokens:
+        raise ValueError("the evaluations are of different text: use the same held-out batches and ranks for all")
+    difference_N = torch.tensor(second.sequence_losses, dtype=torch.float64) - torch.tensor(
+        first.sequence_losses, dtype=torch.float64
+    )
+    difference, error = _ratio(difference_N, torch.tensor(first.sequence_tokens, dtype=torch.float64))
+    return difference, NORMAL_95 * error
+
+
 def damage_closed(original: Evaluation, rewired: Evaluation, repaired: Evaluation) -> float | None:
     """Share of the rewiring's damage that training took away: (L_rewired - L_repaired) / (L_rewired - L_original).
 
@@ -120,15 +137,11 @@ def damage_closed(original: Evaluation, rewired: Evaluation, repaired: Evaluatio
     Raises:
         ValueError: when the three were not measured on the same sequences.
     """
-    if not original.sequence_tokens == rewired.sequence_tokens == repaired.sequence_tokens:
-        raise ValueError("the three evaluations are of different text: use the same held-out batches and ranks for all")
-    difference_N = torch.tensor(rewired.sequence_losses, dtype=torch.float64) - torch.tensor(
-        original.sequence_losses, dtype=torch.float64
-    )
-    damage, error = _ratio(difference_N, torch.tensor(original.sequence_tokens, dtype=torch.float64))
-    if not damage > DAMAGE_NOISE_FACTOR * error:
+    damage, ci95 = paired_difference(original, rewired)
+    remaining, _ = paired_difference(repaired, rewired)
+    if not damage > DAMAGE_NOISE_FACTOR * ci95 / NORMAL_95:
         return None
-    return (rewired.cross_entropy - repaired.cross_entropy) / damage
+    return remaining / damage
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farskip.evaluation import Evaluation, damage_closed
+from farskip.evaluation import Evaluation, damage_closed, paired_difference
 from farskip.metrics import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -108,7 +108,12 @@ def write_conversion_report(
     if overlaps:
         lines += ["", *_overlap_lines(overlaps, link or "", same_bits), "", "![overlap](overlap.png)"]
     if schedule:
-        lines += ["", "The schedule of the repair:", "", _fence(schedule.rstrip())]
+        lines += [
+            "",
+            "Layers 1 and 2 in the schedule of the repair, forward (all of it: schedule.txt of that run):",
+            "",
+        ]
+        lines.append(_fence(schedule.rstrip()))
     if minutes:
         lines += ["", "## Where the time went", "", "| stage | minutes |", "|---|--:|"]
         lines += [f"| {name} | {value:.1f} |" for name, value in minutes.items()]
@@ -121,18 +126,19 @@ def write_conversion_report(
 
 
 def damage_sentence(measured: Sequence[Measured]) -> str:
-    """How much of the damage was closed, or why that is not said."""
+    """How much of the damage was closed, or why that is not said. Intervals are of paired differences."""
     original, rewired, repaired = (model.evaluation for model in measured)
-    damage = rewired.cross_entropy - original.cross_entropy
+    damage, damage_ci95 = paired_difference(original, rewired)
     share = damage_closed(original, rewired, repaired)
     if share is None:
         return (
-            f"Rewiring changed the held-out loss by {damage:+.4f} nats per token, which is within three standard "
-            "errors of its paired difference: no share of a damage is given."
+            f"Rewiring changed the held-out loss by {damage:+.4f} ± {damage_ci95:.4f} nats per token (paired), which "
+            "is within three standard errors of nothing: no share of a damage is given."
         )
+    left, left_ci95 = paired_difference(original, repaired)
     return (
-        f"Rewiring cost {damage:.4f} nats per token; distillation closed {100 * share:.0f} % of it "
-        f"(what remains: {repaired.cross_entropy - original.cross_entropy:+.4f})."
+        f"Rewiring cost {damage:.4f} ± {damage_ci95:.4f} nats per token; distillation closed {100 * share:.0f} % of "
+        f"it, {left:+.4f} ± {left_ci95:.4f} remain (differences to the original, paired by sequence)."
     )
 
 
@@ -160,8 +166,7 @@ def speed_sentence(serial: Overlap, overlapped: Overlap) -> str:
     spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} pairs of steps"
     if ratios[0] <= 1.0 <= ratios[-1]:
         return f"Serial over overlapped step time is {spread}: no difference in speed is claimed."
-    faster = "faster than" if ratios[0] > 1.0 else "as fast as"
-    return f"Overlapped is {_median(ratios):.2f} times {faster} serial ({spread})."
+    return f"Overlapped is {_median(ratios):.2f} times as fast as serial ({spread})."
 
 
 def _overlap_lines(overlaps: Sequence[Overlap], link: str, same_bits: bool) -> list[str]:
@@ -218,36 +223,56 @@ def _save(figure: "Figure", path: Path) -> Path:
 
 
 def _draw_damage(folder: Path, measured: Sequence[Measured]) -> Path:
-    figure, axes = _figure(5.2, 3.2)
-    values = [model.evaluation.cross_entropy for model in measured]
-    bars = axes.bar(
-        [model.name for model in measured],
-        values,
-        yerr=[model.evaluation.cross_entropy_ci95 for model in measured],
-        color=[_COMPUTE, _EXPOSED, _COMMUNICATION],
-        width=0.6,
+    figure, axes = _figure(5.2, 2.0)
+    original, *others = measured
+    differences = [paired_difference(original.evaluation, model.evaluation) for model in others]
+    bars = axes.barh(
+        [model.name for model in others],
+        [difference for difference, _ in differences],
+        xerr=[ci95 for _, ci95 in differences],
+        color=[_EXPOSED, _COMMUNICATION],
+        height=0.55,
         capsize=4,
     )
-    axes.bar_label(bars, fmt="%.3f", label_type="center", color="white")
-    axes.set_ylabel("held-out cross entropy (nats/token)")
+    axes.bar_label(bars, fmt="%+.3f", padding=6)
+    axes.margins(x=0.15)
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("held-out loss above the original's (nats/token)")
     return _save(figure, folder / "damage.png")
 
 
 def _draw_losses(folder: Path, runs: Mapping[str, Path]) -> Path:
-    figure, axes = _figure(6.4, 3.4)
-    for name, run in runs.items():
+    """One panel per run: loss of every logged step, and the held-out cross entropy (or KL) between them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * len(runs) + 0.4, 3.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    for axes, (name, run) in zip(panels, runs.items(), strict=True):
         rows = _read_metrics(run / METRICS_FILE)
-        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], label=f"{name}: loss")
-        heldout = [row for row in rows if "heldout_cross_entropy" in row]
-        axes.plot(
+        is_distillation = any("kl" in row for row in rows)
+        what = "KL to the original" if is_distillation else "cross entropy"
+        heldout_key = "heldout_kl" if is_distillation else "heldout_cross_entropy"
+        heldout = [row for row in rows if heldout_key in row]
+        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color=_COMPUTE, label="training")
+        axes.errorbar(
             [row["step"] for row in heldout],
-            [row["heldout_cross_entropy"] for row in heldout],
-            "o--",
-            label=f"{name}: held-out cross entropy",
+            [row[heldout_key] for row in heldout],
+            yerr=[row[f"{heldout_key}_ci95"] for row in heldout],
+            fmt="o",
+            markersize=4,
+            capsize=3,
+            color=_EXPOSED,
+            label="held out",
         )
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("nats/token")
-    axes.legend(frameon=False, fontsize=8)
+        axes.set_ylim(bottom=0.0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{name}: {what}", fontsize=10)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("nats/token")
+        axes.legend(frameon=False, fontsize=8)
     return _save(figure, folder / "loss.png")
 
 

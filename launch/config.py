@@ -20,6 +20,13 @@ class LinkKind(StrEnum):
     emulated = "emulated"
 
 
+class ScheduleMode(StrEnum):
+    """Where collectives are waited for."""
+
+    overlapped = "overlapped"
+    serial = "serial"
+
+
 class Recompute(StrEnum):
     """Which activations are thrown away in forward and computed again in backward."""
 
@@ -55,7 +62,7 @@ class ParallelConfig:
 
     ep: int = 0
     """Ranks that share the experts of a layer (expert parallelism); 0: all ranks."""
-    schedule: str = "overlapped"
+    schedule: ScheduleMode = ScheduleMode.overlapped
     """overlapped: collectives run under compute; serial: each is waited for at once. Same function, same bits."""
     warmup_steps: int = 2
     """Steps that measure the stages before training, to choose the overlapped schedule by; 0: by relative defaults."""
@@ -66,6 +73,20 @@ class ParallelConfig:
     recompute_layers: int = 2
     """Layers per recomputed segment; nothing is in flight between segments."""
     link: LinkConfig = field(default_factory=LinkConfig)
+
+    def check(self) -> None:
+        """Refuse values that no number of ranks can use, also where they would not be looked at.
+
+        Raises:
+            ValueError: one line with the key, its value and the bound.
+        """
+        for key, value, low in (("ep", self.ep, 0), ("recompute_layers", self.recompute_layers, 1)):
+            if value < low:
+                raise ValueError(f"parallel.{key}={value} is too small; use at least {low}")
+        if not self.link.bandwidth_gbit_s > 0:
+            raise ValueError(f"parallel.link.bandwidth_gbit_s={self.link.bandwidth_gbit_s} must be above 0")
+        if not self.link.latency_us >= 0:
+            raise ValueError(f"parallel.link.latency_us={self.link.latency_us} must be at least 0")
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@
 its own original, (e) time and trace a serial and an overlapped step over an emulated link, (f) report.
 """
 
+import json
 import statistics
 import sysconfig
 import time
@@ -21,6 +22,7 @@ from farskip.launch.config import (
     ParallelConfig,
     PretrainConfig,
     RunConfig,
+    ScheduleMode,
     WiringConfig,
 )
 from farskip.launch.distill import distill
@@ -29,6 +31,7 @@ from farskip.launch.pretrain import pretrain
 from farskip.launch.ranks import Ranks, run_on_local_ranks
 from farskip.launch.run_folder import check_run_folder, write_config
 from farskip.report import Overlap, damage_sentence, write_conversion_report
+from farskip.schedule import Schedule
 
 INTRO = """
 usage: farskip demo [key=value ...]
@@ -51,6 +54,7 @@ def _start(config: DemoConfig) -> bool:
     if not config.data.path:
         config.data.path = sysconfig.get_path("stdlib")
     config.data.check()
+    config.parallel.check()
     for training in (config.pretrain, config.distill):
         training.check()
     report = folder / "report.md"
@@ -130,7 +134,7 @@ def demo(ranks: Ranks, config: DemoConfig) -> None:
         same_bits=same_bits,
         metrics={"pretrain": original, "distill": repaired},
         minutes=minutes,
-        schedule=(repaired / "schedule.txt").read_text() if ranks.world_size > 1 else "",
+        schedule=_two_layers(repaired / "schedule.json") if ranks.world_size > 1 else "",
     )
     print(damage_sentence(conversion.measured), flush=True)
 
@@ -160,9 +164,9 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
         latency_us=config.parallel.link.latency_us,
     )
     variants: dict[str, Any] = {}
-    for schedule in ("serial", "overlapped"):
+    for schedule in (ScheduleMode.serial, ScheduleMode.overlapped):
         parallel = ParallelConfig(ep=config.parallel.ep, schedule=schedule, link=link)
-        variants[schedule] = job.prepare(load(model_path), parallel, config.balance, ranks, mesh)
+        variants[schedule.value] = job.prepare(load(model_path), parallel, config.balance, ranks, mesh)
 
     results: dict[Any, list[torch.Tensor | None]] = {}
 
@@ -225,6 +229,10 @@ def _inspected(schedule: str, step_ms: list[float], folder: Path, world_size: in
         hidden_ms=mean_ms([rank.hidden_ns for rank in report.ranks]),
         exposed_ms=mean_ms([rank.communication_ns - rank.hidden_ns for rank in report.ranks]),
     )
+
+
+def _two_layers(path: Path) -> str:
+    return Schedule.from_dict(json.loads(path.read_text())).timeline("forward", layers=range(1, 3))
 
 
 def _link_words(config: DemoConfig) -> str:

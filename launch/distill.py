@@ -73,6 +73,7 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
     from farskip.trainer import StopReason
 
     config.training.check()
+    config.parallel.check()
     folder = Path(config.run.folder)
     if ranks.rank == 0:
         check_run_folder(folder, resume=config.run.resume)

@@ -72,7 +72,9 @@ def help_text(config: Any, intro: str) -> str:
     """What ``farskip COMMAND --help`` prints, for the configuration that the command has without overrides."""
     lines = [intro.strip(), "", "settings (key=default):", ""]
     for key, default, doc in documented_keys(config):
-        lines.append(f"  {key}={_shown(default)}")
+        lines += textwrap.wrap(
+            f"{key}={_shown(default)}", 116, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+        )
         lines += textwrap.wrap(doc, 110, initial_indent="      ", subsequent_indent="      ")
     lines += [
         "",

@@ -92,13 +92,11 @@ def prepare(
     if attachment_of(model) is None:
         rewire(model, wiring_of(model))
     if mesh is not None:
-        parallelize(model, mesh, parallel.schedule, link=build_link(parallel.link, mesh), chunks=parallel.chunks)
+        parallelize(model, mesh, parallel.schedule.value, link=build_link(parallel.link, mesh), chunks=parallel.chunks)
     attachment = attachment_of(model)
     assert attachment is not None
     if parallel.recompute is Recompute.full and not frozen:
-        if parallel.recompute_layers < 1:
-            raise ValueError(f"parallel.recompute_layers={parallel.recompute_layers} is too small; use at least 1")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
         attachment.checkpoint_layers = parallel.recompute_layers
     communicator: Communicator = SingleProcess(model)
     if mesh is not None:
@@ -118,6 +116,14 @@ def prepare(
             sum_over_ranks=communicator.all_reduce_sum,
         )
     return Prepared(model=model, language_model=HFLanguageModel(model), communicator=communicator, balancer=balancer)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # from transformers 5.23 on, which deprecates the other name
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def build_link(config: LinkConfig, mesh: DeviceMesh) -> ProcessGroupLink:

@@ -39,6 +39,7 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
     from farskip.trainer import StopReason
 
     config.training.check()
+    config.parallel.check()
     folder = Path(config.run.folder)
     if ranks.rank == 0:
         check_run_folder(folder, resume=config.run.resume)

@@ -18,6 +18,11 @@ from farskip.stage import Seam
 
 _PREFIX = "farskip_"
 _SEAM = "_farskip_seam"
+_AFTER_CORE = "_farskip_after_core"
+
+
+AfterCore = Callable[[torch.Tensor], torch.Tensor]
+"""Called by an attention with its core's output [B, S, heads, head_dim]; its output projection reads what comes back."""
 
 
 @contextmanager
@@ -28,6 +33,34 @@ def seam_set(attention: nn.Module, seam: Seam) -> Iterator[None]:
         yield
     finally:
         delattr(attention, _SEAM)
+
+
+@contextmanager
+def after_core_set(attention: nn.Module, after_core: AfterCore) -> Iterator[None]:
+    """Have this attention pass its core's output through `after_core`, inside the ``with`` block.
+
+    For families whose attention does something between core and output projection that transformers' class does not.
+
+    Raises:
+        RuntimeError: the attention did not get there, because its implementation is not the seamed one.
+    """
+    num_calls = 0
+
+    def counted(output_BSHV: torch.Tensor) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        return after_core(output_BSHV)
+
+    setattr(attention, _AFTER_CORE, counted)
+    try:
+        yield
+    finally:
+        delattr(attention, _AFTER_CORE)
+    if num_calls != 1:
+        raise RuntimeError(
+            f"{type(attention).__name__}: its core was left {num_calls} times through the seam instead of once; its "
+            "attention implementation was changed by set_attn_implementation: give it to from_pretrained instead"
+        )
 
 
 def install_seam(model: Any) -> None:
@@ -67,8 +100,18 @@ def _seamed(name: str) -> Callable[..., Any]:
         seam = getattr(module, _SEAM, None)
         if seam is not None:
             query, key, value = seam(query, key, value)
-        # eager is no entry of the interface: each family has its own, in the module of its attention class
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return AttentionInterface().get_interface(name, eager)(module, query, key, value, attention_mask, **arguments)
+        core = AttentionInterface().get_interface(name, _eager_of(module))
+        output_BSHV, weights = core(module, query, key, value, attention_mask, **arguments)
+        after_core = getattr(module, _AFTER_CORE, None)
+        return (output_BSHV if after_core is None else after_core(output_BSHV)), weights
 
     return attention
+
+
+def _eager_of(module: nn.Module) -> Any:
+    """eager is no entry of the interface: each family has its own, in the module of its attention class or a base."""
+    for kind in type(module).__mro__:
+        eager = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+        if eager is not None:
+            return eager
+    return None

@@ -33,25 +33,36 @@ def build_model(
         seed: of the weights.
 
     Raises:
-        ValueError: unknown family, or a key that its config does not have.
+        ValueError: unknown family, a key that its config does not have, or values that do not go together.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     family = family_of_type(model_type)
     default = transformers.AutoConfig.for_model(family.model_type)
     unknown = sorted(key for key in settings if not hasattr(default, key) and key not in family.undeclared_config_keys)
     if unknown:
         raise ValueError(f"model.config has keys that {family.model_type} does not know: {', '.join(unknown)}")
-    config = transformers.AutoConfig.for_model(
-        family.model_type,
-        **{
-            "vocab_size": vocab_size,
-            "bos_token_id": None,
-            "eos_token_id": end_of_document_id,
-            "pad_token_id": None,
-            **settings,
-        },
-    )
+    own = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": end_of_document_id, "pad_token_id": None}
+    try:
+        config = transformers.AutoConfig.for_model(family.model_type, **{**own, **settings})
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"model.config does not make a {family.model_type}: {' '.join(str(error).split())}") from error
+    _check_sizes(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return getattr(transformers, family.architecture)(config)
+
+
+def _check_sizes(config: Any) -> None:
+    """What transformers would only find out in the middle of the first step, in words of its own."""
+    heads, shared_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % shared_heads:
+        raise ValueError(
+            f"model.config.num_attention_heads={heads} is no multiple of num_key_value_heads={shared_heads}: change one"
+        )
+    experts, chosen = config.num_local_experts, config.num_experts_per_tok
+    if not 1 <= chosen <= experts:
+        raise ValueError(
+            f"model.config.num_experts_per_tok={chosen} must be at least 1 and at most the number of experts, {experts}"
+        )

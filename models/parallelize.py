@@ -18,6 +18,7 @@ from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.mesh import EP_AXIS, axis_size
 from farskip.simulator import StageTimes
 from farskip.stage_timer import StageTimer
+from farskip.wiring import Wiring
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,9 +60,8 @@ def parallelize(
     dispatcher = None
     if ep > 1 and num_experts:
         dispatcher = AllToAllDispatcher(link or ProcessGroupLink(mesh.get_group(EP_AXIS)), num_experts, chunks)
-    mode, wiring_of_rank_0, times = _agree((schedule, wiring.to_dict(), times))
-    if wiring_of_rank_0 != wiring.to_dict():
-        raise ValueError(f"parallelize: rank {dist.get_rank()} has wiring {wiring}, rank 0 another; rewire all alike")
+    _refuse_disagreement(wiring, chunks)
+    mode, times = _agree((schedule, times))
     executor = Executor(blocks, wiring, dispatcher=dispatcher, mode=mode, times=times)
     executor.set_schedule(type(executor.schedule()).from_dict(_agree(executor.schedule().to_dict())))
     if previous is not None:
@@ -140,6 +140,18 @@ def _shard_experts(model: nn.Module, blocks: list[HFSubBlocks], rank: int, size:
             cut.append(names[id(parameter)])
         experts.num_experts = local  # type: ignore[assignment]
     return tuple(cut)
+
+
+def _refuse_disagreement(wiring: Wiring, chunks: int) -> None:
+    """All ranks hear of it: one that went on alone would wait for the others until the timeout."""
+    settings: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(settings, {"wiring": wiring.to_dict(), "chunks": chunks})
+    for rank, other in enumerate(settings):
+        for name, value in other.items():
+            if value != settings[0][name]:
+                raise ValueError(
+                    f"parallelize: rank {rank} has {name} {value}, rank 0 {settings[0][name]}; give all ranks the same"
+                )
 
 
 def _agree(value: Any) -> Any:

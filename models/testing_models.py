@@ -7,6 +7,7 @@ Legend: B batch, S sequence, T tokens, K experts per token, E experts.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -143,6 +144,6 @@ def forced_routing(kind: str, tokens_per_rank: int) -> Callable[[int, Routing, b
         num_slots, top_k = routing.experts_TK.numel(), routing.experts_TK.shape[1]
         slots = torch.arange(num_slots) % (tokens_per_rank * top_k) + layer
         experts_TK = allowed[slots % allowed.numel()].view_as(routing.experts_TK)
-        return Routing(logits_TE=routing.logits_TE, weights_TK=routing.weights_TK, experts_TK=experts_TK)
+        return replace(routing, experts_TK=experts_TK)
 
     return hook

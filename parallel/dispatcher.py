@@ -1,8 +1,9 @@
 """Token dispatch by all-to-all: every token to the ranks that hold its experts, and back.
 
 The rows of a rank are sorted by expert, and experts lie in order on the ranks, so each destination is one stretch of
-rows. Weights stay with the tokens and are applied where the rows come back, as in the unsharded model. Permutations are
-gathers in both directions, never scatter-adds, so sums have a fixed order.
+rows. Weights never travel: a weight on an expert's output is applied where the rows come back, one on its input before
+they leave, as in the unsharded model. Permutations are gathers in both directions, never scatter-adds, so sums have a
+fixed order.
 
 Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E experts, W ranks, R rows on this rank.
 """
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from farskip.parallel.collectives import AllToAll, Link
-from farskip.stage import DispatchPlan, Routing
+from farskip.stage import DispatchPlan, Routing, WeightOn
 
 
 class AllToAllDispatcher:
@@ -55,6 +56,7 @@ class AllToAllDispatcher:
         tokens_TD = normed_BSD.reshape(-1, normed_BSD.shape[-1])
         sizes = _even_sizes(tokens_TD.shape[0], self.chunks)
         expert_of_slot = [experts_TK.reshape(-1) for experts_TK in routing.experts_TK.split(sizes)]
+        weight_of_slot = [weights_TK.reshape(-1, 1) for weights_TK in routing.weights_TK.split(sizes)]
         sent_CWE = torch.stack([torch.bincount(expert, minlength=world * local) for expert in expert_of_slot]).view(
             self.chunks, world, local
         )
@@ -77,11 +79,14 @@ class AllToAllDispatcher:
                 slot_of_row=slot_of_row,
                 row_of_slot=row_of_slot,
             )
-            prepared.append((_Permute.apply(chunk_TD, slot_of_row, row_of_slot), plan))
+            rows = _Permute.apply(chunk_TD, slot_of_row, row_of_slot)
+            if routing.weight_on is WeightOn.INPUT:
+                rows = rows * _Reorder.apply(weight_of_slot[chunk], slot_of_row, row_of_slot)
+            prepared.append((rows, plan))
         return prepared
 
     def merge(self, rows: Sequence[torch.Tensor], routing: Routing, plans: Sequence[DispatchPlan]) -> torch.Tensor:
-        """Weighted sum of the returned rows.
+        """Sum of the returned rows, weighted here if the weights are on the outputs.
 
         Args:
             rows: per chunk [T*K, D] in the order they were sent.
@@ -96,8 +101,8 @@ class AllToAllDispatcher:
         merged = []
         for chunk_rows, weights_TK, plan in zip(rows, weights, plans, strict=True):
             slots = _Reorder.apply(chunk_rows, plan.row_of_slot, plan.slot_of_row)
-            weighted = slots * weights_TK.reshape(-1, 1)
-            merged.append(weighted.view(*weights_TK.shape, -1).sum(dim=1).to(chunk_rows.dtype))
+            weighted = slots * weights_TK.reshape(-1, 1) if routing.weight_on is WeightOn.OUTPUT else slots
+            merged.append(weighted.view(*weights_TK.shape, weighted.shape[-1]).sum(dim=1).to(chunk_rows.dtype))
         return merged[0] if len(merged) == 1 else torch.cat(merged)
 
 
