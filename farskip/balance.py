@@ -18,6 +18,7 @@ Source: Switch Transformer (arXiv 2101.03961) section 2.2; auxiliary-loss-free b
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class RouterBalance:
         if not recomputing:
             self._losses.append(loss.detach() * self._scale)
         weights_TK = _AddLoss.apply(routing.weights_TK, loss * self._scale)
-        return Routing(logits_TE=routing.logits_TE, weights_TK=weights_TK, experts_TK=routing.experts_TK)
+        return replace(routing, weights_TK=weights_TK)
 
     def update(self) -> dict[str, float]:
         """After an optimizer step: move the biases. Returns what is to be logged. A collective.

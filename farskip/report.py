@@ -110,7 +110,7 @@ def write_conversion_report(
     if schedule:
         lines += [
             "",
-            "Layers 1 and 2 in the schedule of the repair, forward (all of it: schedule.txt of that run):",
+            "Layers 1 and 2 in the schedule of the repair, forward (whole in its schedule.txt):",
             "",
         ]
         lines.append(_fence(schedule.rstrip()))

@@ -8,6 +8,7 @@ Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E ex
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 import torch
@@ -19,19 +20,28 @@ Seam = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, 
 """Called by an attention with (query, key, value) between its projections and its core; uses what comes back."""
 
 
+class WeightOn(StrEnum):
+    """What the router's weight of a chosen expert multiplies."""
+
+    OUTPUT = "output"
+    INPUT = "input"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
     """Where the router of one layer sends every token.
 
     Attributes:
         logits_TE: router logits, before any score function.
-        weights_TK: what each chosen expert's output is multiplied with.
+        weights_TK: what each chosen expert's output, or input, is multiplied with.
         experts_TK: int64 numbers of the chosen experts.
+        weight_on: which of the two. A weighted input is weighted before it is sent, so that no weight has to travel.
     """
 
     logits_TE: torch.Tensor
     weights_TK: torch.Tensor
     experts_TK: torch.Tensor
+    weight_on: WeightOn = WeightOn.OUTPUT
 
 
 class SubBlocks(Protocol):
@@ -103,5 +113,5 @@ class Dispatcher(Protocol):
         ...
 
     def merge(self, rows: Sequence[torch.Tensor], routing: Routing, plans: Sequence[DispatchPlan]) -> torch.Tensor:
-        """Weighted sum of the returned rows per token [T, D]."""
+        """Sum of the returned rows per token [T, D], weighted here unless the inputs already were."""
         ...

@@ -1,17 +1,36 @@
 """Model families that farskip can rewire: one short `hf_*.py` per family, collected here.
 
 A family says where in a decoder layer of its transformers model the sub-modules are. It holds no modelling code. What a
-family does differently from `HFSubBlocks` is a subclass of it in the family's own file.
+family does differently from `HFSubBlocks` is a subclass of it in the family's own file; what its checkpoints or its
+masks do differently is a field of `Family`. docs/adding_a_family.md has the recipe.
 """
 
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from farskip.models.hf_layer import HFSubBlocks
+from farskip.wiring import Wiring
+
+
+class WiringKeys(Protocol):
+    """How the config.json of a family that is born rewired says its wiring, in keys of its own."""
+
+    def read(self, config: dict[str, Any]) -> Wiring:
+        """The wiring that a checkpoint's config asks for.
+
+        Raises:
+            ValueError: the keys contradict each other.
+        """
+        ...
+
+    def write(self, wiring: Wiring) -> dict[str, Any] | None:
+        """The keys that say this wiring; None if they cannot say it."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,11 +38,16 @@ class Family:
     """One transformers model family.
 
     Attributes:
-        model_type: what its config calls itself.
+        model_type: what its config calls itself. Several families can share one: `name` tells them apart.
         architecture: class name of its causal language model, the key that selects it.
         score: the router's score function, ``softmax`` or ``sigmoid``.
         sub_blocks: takes one decoder layer apart.
         undeclared_config_keys: settings that its modelling code reads though its config class does not declare them.
+        own_name: what the family is called where `model_type` is already another family's.
+        own_class: makes the class `architecture`, where transformers has none.
+        wiring_keys: the keys by which its own checkpoints say their wiring; None: they are ordinary.
+        packed_masks: makes the attention masks of a packed batch from (config, embeddings [B, S, D], position ids
+            [B, S]), where the family's own forward does not cut attention at the documents' ends; None: it does.
     """
 
     model_type: str
@@ -31,13 +55,48 @@ class Family:
     score: str
     sub_blocks: Callable[[nn.Module], HFSubBlocks]
     undeclared_config_keys: tuple[str, ...] = ()
+    own_name: str | None = None
+    own_class: Callable[[], Any] | None = None
+    wiring_keys: WiringKeys | None = None
+    packed_masks: Callable[[Any, torch.Tensor, torch.Tensor], Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """What users call the family."""
+        return self.own_name or self.model_type
+
+    def model_class(self) -> Any:
+        """The class of its causal language model."""
+        if self.own_class is not None:
+            return self.own_class()
+        import transformers
+
+        return getattr(transformers, self.architecture)
 
 
 def families() -> tuple[Family, ...]:
     """All families, in alphabetical order."""
-    from farskip.models import hf_deepseek_v3, hf_qwen3_moe
+    from farskip.models import (
+        hf_deepseek_v2,
+        hf_deepseek_v3,
+        hf_llama,
+        hf_mixtral,
+        hf_olmoe,
+        hf_qwen2_moe,
+        hf_qwen3,
+        hf_qwen3_moe,
+    )
 
-    return (hf_deepseek_v3.FAMILY, hf_qwen3_moe.FAMILY)
+    return (
+        hf_deepseek_v2.FAMILY,
+        hf_deepseek_v3.FAMILY,
+        hf_llama.FAMILY,
+        hf_mixtral.FAMILY,
+        hf_olmoe.FAMILY,
+        hf_qwen2_moe.FAMILY,
+        hf_qwen3.FAMILY,
+        hf_qwen3_moe.FAMILY,
+    )
 
 
 def family_of_architecture(architecture: str | None) -> Family:
@@ -64,5 +123,5 @@ def family_of_model(model: nn.Module) -> Family:
 
 
 def backbone_of(model: Any) -> nn.Module:
-    """The part of a causal language model in front of its head."""
-    return model.base_model
+    """The part of a causal language model in front of its head. (`base_model` is the model itself for Llama-4.)"""
+    return model.model

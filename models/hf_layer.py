@@ -1,5 +1,8 @@
 """A decoder layer of transformers, taken apart into sub-blocks: what nearly all families have in common.
 
+Decides where the sub-modules are and how they are called. A family that names one of them differently sets a name in a
+subclass; one that calls one of them differently overrides that one method.
+
 Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E experts, R rows.
 """
 
@@ -19,7 +22,16 @@ class HFSubBlocks:
 
     Args:
         layer: a transformers decoder layer.
+
+    Attributes:
+        MLP: name of the feed-forward module in the layer, dense or MoE.
+        GATE: name of the router in the MoE.
+        SHARED: name of the shared expert in the MoE.
     """
+
+    MLP = "mlp"
+    GATE = "gate"
+    SHARED = "shared_experts"
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer
@@ -29,19 +41,24 @@ class HFSubBlocks:
             self.blocks = MOE if self.shared_expert is None else MOE_SHARED
 
     @property
+    def mlp_module(self) -> Any:
+        """The feed-forward module, dense or MoE."""
+        return getattr(self.layer, self.MLP)
+
+    @property
     def experts(self) -> nn.Module | None:
         """The module that holds the routed experts' weights; None in a dense layer."""
-        return getattr(self.layer.mlp, "experts", None)
+        return getattr(self.mlp_module, "experts", None)
 
     @property
     def shared_expert(self) -> nn.Module | None:
         """The shared expert; None if the layer has none."""
-        return getattr(self.layer.mlp, "shared_experts", None)
+        return getattr(self.mlp_module, self.SHARED, None)
 
     @property
     def gate(self) -> Any:
         """The router."""
-        return self.layer.mlp.gate
+        return getattr(self.mlp_module, self.GATE)
 
     def attention_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
         """See `SubBlocks.attention_norm`."""
@@ -58,7 +75,7 @@ class HFSubBlocks:
 
     def mlp(self, normed_BSD: torch.Tensor) -> torch.Tensor:
         """See `SubBlocks.mlp`."""
-        return self.layer.mlp(normed_BSD)
+        return self.mlp_module(normed_BSD)
 
     def shared(self, normed_BSD: torch.Tensor) -> torch.Tensor:
         """See `SubBlocks.shared`."""
