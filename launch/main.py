@@ -56,6 +56,11 @@ COMMANDS: tuple[Command, ...] = (
         module="farskip.launch.trace",
         help="measure in profiler traces how much communication was exposed",
     ),
+    Command(
+        name="bench",
+        module="farskip.launch.bench",
+        help="measure here: overlap over links that cost time, kernels on a GPU",
+    ),
 )
 
 

@@ -1,0 +1,729 @@
+"""Every safeguard of the core is removed in turn, and a named test has to turn red.
+
+A mutation replaces a piece of a function's source by another and swaps the function's code in place, in this process or
+in the ranks. If the piece is no longer there the mutation fails, so the list cannot rot silently. Each named test is
+first run without the mutation: red proves something only for a test that is otherwise green.
+
+    pytest tests/test_mutations.py -s                     prints what caught what
+    pytest tests/test_mutations.py --update-snapshots     writes that table to docs/mutations.md
+"""
+
+import importlib
+import importlib.util
+import inspect
+import itertools
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from farskip.testing import RankPool
+
+TESTS = Path(__file__).parent
+TABLE = TESTS.parent / "docs" / "mutations.md"
+
+
+@dataclass(frozen=True)
+class Catch:
+    """A test that has to turn red: a function of a test file, with its arguments; on this many ranks, 0: in process."""
+
+    path: str
+    function: str
+    arguments: tuple[Any, ...] = ()
+    ranks: int = 0
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """What is broken, where (``module:function``), and by which change of source."""
+
+    what: str
+    where: str
+    old: str
+    new: str
+    catch: Catch
+
+
+# -- the tests that catch --
+
+ASYNC = "farskip/test_async_autograd.py"
+EXECUTOR = "farskip/test_executor.py"
+RESIDUAL = "farskip/test_residual.py"
+SCHEDULE = "farskip/test_schedule.py"
+BALANCE = "farskip/test_balance.py"
+PENDING = "farskip/test_pending.py"
+SIMULATOR = "farskip/test_simulator.py"
+RACES = "parallel/test_races.py"
+DISPATCHER = "parallel/test_dispatcher.py"
+DATA_PARALLEL = "parallel/test_data_parallel.py"
+EMULATED = "parallel/test_emulated_link.py"
+ORDINARY = "models/test_ordinary_equals_untouched.py"
+WIRINGS = "models/test_wirings.py"
+GRID = "models/test_expert_parallel.py"
+
+
+def slowest_link(wiring: str = "farskip") -> Catch:
+    return Catch(RACES, "test_the_slowest_link_changes_no_bit", ("deepseek_v3", wiring, 0))
+
+
+def placements(wiring: int, chunks: int = 1) -> Catch:
+    """By position in the list of wirings of that file."""
+    return Catch(EXECUTOR, "test_every_placement_gives_the_bits_of_serial", (wiring, chunks))
+
+
+ORDINARY_WIRING, FARSKIP_WIRING = 0, 1
+RECORDED = Catch(
+    EXECUTOR, "test_recomputation_repeats_the_forward_list_and_keeps_the_backward_list", (1, "overlapped", 2)
+)
+UNDER_WAY = Catch(EXECUTOR, "test_exchanges_are_under_way_exactly_while_the_schedule_says_so", (1, "overlapped", 1))
+REFERENCE = Catch(WIRINGS, "test_logits_and_every_gradient", ("deepseek_v3", "farskip", "all"))
+LADDER_REFERENCE = Catch(WIRINGS, "test_logits_and_every_gradient", ("deepseek_v3", "ladder", "all"))
+UNTOUCHED = Catch(ORDINARY, "test_logits_and_gradients", ("deepseek_v3", "sdpa"))
+ONE_RANK = Catch(DISPATCHER, "test_one_rank", (7, 2, 2))
+SUMS = Catch(DATA_PARALLEL, "sums", (2, 1 << 20), 4)
+NORM = Catch(DATA_PARALLEL, "norm", (2, 0.25), 4)
+POINT = Catch(GRID, "run_corner", ({"world": 2, "ep": 2},), 2)
+NO_ROWS = Catch("models/test_hf_layer.py", "test_experts_without_a_row_keep_the_graph_whole", ("deepseek_v3",))
+
+_CORE, _PARALLEL, _MODELS = "farskip.", "farskip.parallel.", "farskip.models."
+_FINISH = _CORE + "async_autograd:InFlight._finish"
+_FORM = _CORE + "residual:Residual._form"
+_OFFER = _CORE + "residual:Residual._offer"
+_USES = _CORE + "residual:stream_uses"
+
+MUTATIONS = [
+    # waits
+    Mutation(
+        "no wait in forward",
+        _FINISH,
+        "pending.wait()",
+        "pending.wait() if backward else pending.unfilled",
+        slowest_link(),
+    ),
+    Mutation(
+        "no wait in backward",
+        _FINISH,
+        "pending.wait()",
+        "pending.unfilled if backward else pending.wait()",
+        slowest_link(),
+    ),
+    Mutation("a wait that does not wait", _CORE + "pending:Pending.wait", "self._work.wait()", "pass", slowest_link()),
+    Mutation(
+        "a second wait waits again",
+        _CORE + "pending:Pending.wait",
+        "self._work = None",
+        "pass",
+        Catch(PENDING, "test_only_the_first_wait_waits"),
+    ),
+    Mutation(
+        "the executor takes a result without its wait",
+        _CORE + "executor:_SegmentRun._wait",
+        "self._in_flight.pop(key).wait(self._rows.pop(key))",
+        "self._rows.pop(key)",
+        slowest_link(),
+    ),
+    Mutation(
+        "the schedule forgets a wait",
+        _CORE + "schedule:_overlapped",
+        "steps.append(Instruction(Do.WAIT, in_flight[0]))",
+        "pass",
+        Catch(SCHEDULE, "test_nothing_runs_before_what_it_needs", (1, 2)),
+    ),
+    Mutation(
+        "experts do not wait for dispatch",
+        _CORE + "stage_graph:_layer_stages",
+        "Stage(Key(layer, EXPERTS, chunk), (Key(layer, DISPATCH, chunk),))",
+        "Stage(Key(layer, EXPERTS, chunk), (key(ROUTE),))",
+        placements(FARSKIP_WIRING),
+    ),
+    Mutation(
+        "merge does not wait for combine",
+        _CORE + "stage_graph:_layer_stages",
+        "Stage(key(MERGE), tuple(Key(layer, COMBINE, chunk) for chunk in range(chunks)))",
+        "Stage(key(MERGE), tuple(Key(layer, EXPERTS, chunk) for chunk in range(chunks)))",
+        placements(FARSKIP_WIRING),
+    ),
+    Mutation(
+        "merge waits for the first chunk only",
+        _CORE + "stage_graph:_layer_stages",
+        "for chunk in range(chunks))))",
+        "for chunk in range(1))))",
+        placements(ORDINARY_WIRING, 2),
+    ),
+    Mutation(
+        "x does not wait for the routed output",
+        _CORE + "stage_graph:build_stage_graph",
+        "_unique(before + tuple(key for keys in outputs.values() for key in keys))",
+        "_unique(before)",
+        Catch(SCHEDULE, "test_the_graph_needs_what_the_wiring_reads", (1,)),
+    ),
+    Mutation(
+        "n waits for what it leaves out",
+        _CORE + "stage_graph:build_stage_graph",
+        "if block not in reads.left_out",
+        "if True",
+        Catch(SCHEDULE, "test_farskip_hides_each_collective_under_what_the_paper_says"),
+    ),
+    # kept references
+    Mutation(
+        "what is sent is not kept",
+        _PARALLEL + "collectives:AllToAll.launch",
+        "keep=(tensor,)",
+        "keep=()",
+        slowest_link(),
+    ),
+    Mutation(
+        "Pending keeps nothing",
+        _CORE + "pending:Pending.__init__",
+        "self._keep = keep",
+        "self._keep = ()",
+        slowest_link(),
+    ),
+    Mutation(
+        "what is sent is let go before the wait",
+        _CORE + "pending:Pending.wait",
+        "start = time.perf_counter()",
+        "start = time.perf_counter(); self._keep = ()",
+        slowest_link(),
+    ),
+    Mutation(
+        "what was sent is never let go",
+        _CORE + "pending:Pending.wait",
+        "self._keep = ()",
+        "pass",
+        Catch(PENDING, "test_what_is_sent_lives_until_it_is_waited_for_and_no_longer"),
+    ),
+    # fan-out, one value at a time
+    Mutation(
+        "no fan-out of the full stream",
+        _OFFER,
+        "if self._fixed_order",
+        "if self._fixed_order and value.name != 'x'",
+        placements(FARSKIP_WIRING),
+    ),
+    # The next ones show in no model: of the orders that schedules choose today, none changes a sum there. Their rule is
+    # tested by itself, so that it also holds for schedules to come.
+    Mutation(
+        "no fan-out of the stream behind attention",
+        _OFFER,
+        "if self._fixed_order",
+        "if self._fixed_order and value.name != 'y'",
+        Catch(RESIDUAL, "test_gradients_behind_attention_are_added_in_the_order_of_their_uses"),
+    ),
+    *(
+        Mutation(
+            f"no fan-out of the normed input {value}",
+            _OFFER,
+            "if self._fixed_order",
+            f"if self._fixed_order and value.name != {value!r}",
+            Catch(
+                RESIDUAL,
+                "test_gradients_of_a_normed_value_are_added_in_the_order_of_its_uses",
+                (name, (("attention", "shared", "routed"),)),
+            ),
+        )
+        for value, name in (("normed_x", "farskip"), ("normed_y", "ordinary"))
+    ),
+    Mutation("no fan-out at all", _OFFER, "if self._fixed_order", "if False", placements(FARSKIP_WIRING)),
+    Mutation(
+        "no fan-out in models",
+        _CORE + "executor:_SegmentRun.__init__",
+        "fixed_order=executor.graph.has_collectives",
+        "fixed_order=False",
+        slowest_link(),
+    ),
+    Mutation(
+        "fan-out adds in reverse",
+        _CORE + "async_autograd:_FanOut.backward",
+        "for gradient in gradients",
+        "for gradient in reversed(gradients)",
+        Catch(ASYNC, "test_fan_out_adds_gradients_in_the_order_of_the_aliases", ((2, 0, 1),)),
+    ),
+    Mutation(
+        "fan-out forgets its last alias",
+        _CORE + "async_autograd:_FanOut.backward",
+        "for gradient in gradients",
+        "for gradient in gradients[:-1]",
+        Catch(ASYNC, "test_an_alias_without_a_use_adds_nothing", (0,)),
+    ),
+    Mutation(
+        "a stream's uses are not in program order",
+        _USES,
+        "full.insert(1 if ATTENTION in full else 0, _ADD_Y)",
+        "full.append(_ADD_Y)",
+        Catch(RESIDUAL, "test_uses_are_listed_in_program_order"),
+    ),
+    # backward order
+    Mutation(
+        "backward launches and waits at once",
+        _CORE + "async_autograd:InFlight._start",
+        "return self._pending.unfilled",
+        "backward and self._pending.wait(); return self._pending.unfilled",
+        UNDER_WAY,
+    ),
+    Mutation(
+        "forward launches and waits at once",
+        _CORE + "async_autograd:InFlight._start",
+        "return self._pending.unfilled",
+        "backward or self._pending.wait(); return self._pending.unfilled",
+        UNDER_WAY,
+    ),
+    Mutation("backward is the forward list", _CORE + "schedule:mirror", "reversed(forward)", "forward", RECORDED),
+    Mutation("backward exchanges nothing", _CORE + "schedule:mirror", "exchanged[step.do]", "step.do", RECORDED),
+    Mutation(
+        "the placeholder is zero, not NaN",
+        _CORE + "async_autograd:_Wait.backward",
+        'float("nan")',
+        "0.0",
+        Catch(ASYNC, "test_what_lies_between_launch_and_wait_is_undefined_and_never_read"),
+    ),
+    Mutation(
+        "the placeholder is read",
+        _CORE + "async_autograd:_Launch.backward",
+        "ctx.in_flight._finish(backward=True)",
+        "ctx.in_flight._finish(backward=True) + placeholder.mean()",
+        slowest_link(),
+    ),
+    Mutation(
+        "the seam runs nothing",
+        _CORE + "executor:_SegmentRun._attention",
+        "self._advance(until=core)",
+        "pass",
+        Catch(EXECUTOR, "test_every_placement_gives_the_bits_of_serial", (FARSKIP_WIRING, 1)),
+    ),
+    Mutation(
+        "recomputation stops early",
+        _CORE + "executor:Executor.run_segment",
+        "set_checkpoint_early_stop(False)",
+        "set_checkpoint_early_stop(True)",
+        Catch(EXECUTOR, "test_whatever_begins_also_ends_before_the_next_begins", (1, True)),
+    ),
+    Mutation(
+        "a strided gradient is sent as it is",
+        _CORE + "async_autograd:InFlight._start",
+        "tensor.contiguous()",
+        "tensor",
+        Catch(ASYNC, "test_a_strided_gradient_is_made_contiguous_before_it_is_sent"),
+    ),
+    # the function
+    Mutation(
+        "another bracketing: (y + r) + s",
+        _FORM,
+        "y_BSD + (routed_BSD + self._take(Value(before, SHARED), _ADD_X))",
+        "(y_BSD + routed_BSD) + self._take(Value(before, SHARED), _ADD_X)",
+        UNTOUCHED,
+    ),
+    Mutation(
+        "another bracketing: y + (s + r), as x + (a + s) + r",
+        _FORM,
+        "y_BSD + (routed_BSD + self._take(Value(before, SHARED), _ADD_X))",
+        "(y_BSD + self._take(Value(before, SHARED), _ADD_X)) + routed_BSD",
+        Catch(RESIDUAL, "test_the_full_stream_is_bracketed_as_in_ordinary_models", (0, 2)),
+    ),
+    Mutation(
+        "n leaves out the shared expert too",
+        _FORM,
+        'return y_BSD if base == "y" else',
+        "return y_BSD if True else",
+        REFERENCE,
+    ),
+    Mutation(
+        "ladder keeps the shared expert",
+        _CORE + "residual:_partial_base",
+        "SHARED in blocks and SHARED not in left_out",
+        "SHARED in blocks",
+        LADDER_REFERENCE,
+    ),
+    Mutation(
+        "attention reads x",
+        _CORE + "executor:_SegmentRun._attention",
+        "self._executor.inputs[layer].source(ATTENTION)",
+        "Source.FULL",
+        REFERENCE,
+    ),
+    Mutation(
+        "the shared expert reads another stream",
+        _CORE + "executor:_SegmentRun._simple",
+        "self._executor.inputs[key.layer].source(block)",
+        "Source.AFTER_ATTENTION",
+        REFERENCE,
+    ),
+    Mutation(
+        "attention runs unmasked",
+        _MODELS + "attention_seam:install_seam",
+        "masks[name]",
+        "lambda *a, **k: None",
+        Catch(ORDINARY, "test_logits_and_gradients", ("qwen3_moe", "eager")),
+    ),
+    Mutation(
+        "norm of attention before the MLP",
+        _MODELS + "hf_layer:HFSubBlocks.mlp_norm",
+        "post_attention_layernorm",
+        "input_layernorm",
+        UNTOUCHED,
+    ),
+    # what is refused
+    Mutation(
+        "a left-out set may be any",
+        _CORE + "wiring:_resolve_layer",
+        "older != previous[len(previous) - len(older) :]",
+        "False",
+        Catch(
+            "farskip/test_wiring.py",
+            "test_a_left_out_set_that_is_no_suffix_is_refused_with_the_reason",
+            (
+                (("attention", "shared", "routed"), ("attention", "routed")),
+                {"attention": ("previous.shared",)},
+                "reads the newer ['routed']",
+            ),
+        ),
+    ),
+    Mutation(
+        "a third stream may cross",
+        _CORE + "wiring:_resolve_layer",
+        "len(streams) > 1",
+        "False",
+        Catch("farskip/test_wiring.py", "test_a_third_stream_is_refused_with_the_reason"),
+    ),
+    Mutation(
+        "hidden states may be replaced",
+        _MODELS + "attach:_Call.layer",
+        "hidden_BSD is not self._x_BSD",
+        "False",
+        Catch(WIRINGS, "test_a_hook_that_replaces_hidden_states_between_layers_is_refused"),
+    ),
+    Mutation(
+        "layers may be missing",
+        _MODELS + "attach:Attachment.before_backbone",
+        "len(layers) != self.executor.num_layers",
+        "False",
+        Catch(WIRINGS, "test_a_model_that_stops_early_is_refused"),
+    ),
+    Mutation(
+        "reentrant checkpointing is let through",
+        _MODELS + "attach:_refuse_reentrant",
+        'keywords.get("use_reentrant")',
+        "False",
+        Catch(WIRINGS, "test_reentrant_checkpointing_is_refused"),
+    ),
+    # dispatch
+    Mutation(
+        "the sort of rows is not stable",
+        _PARALLEL + "dispatcher:AllToAllDispatcher.prepare",
+        "torch.argsort(expert_of_slot[chunk], stable=True)",
+        "expert_of_slot[chunk].numel() - 1 - torch.argsort(expert_of_slot[chunk].flip(0), stable=True)",
+        Catch(DISPATCHER, "test_rows_of_one_expert_keep_the_order_of_their_tokens"),
+    ),
+    Mutation(
+        "gradients of rows go to other tokens",
+        _PARALLEL + "dispatcher:_Permute.backward",
+        "gradient.index_select(0, row_of_slot)",
+        "gradient",
+        ONE_RANK,
+    ),
+    Mutation(
+        "rows come back in another order",
+        _PARALLEL + "dispatcher:AllToAllDispatcher.merge",
+        "_Reorder.apply(chunk_rows, plan.row_of_slot, plan.slot_of_row)",
+        "_Reorder.apply(chunk_rows, plan.slot_of_row, plan.row_of_slot)",
+        ONE_RANK,
+    ),
+    Mutation(
+        "the reordering's gradient is not the inverse",
+        _PARALLEL + "dispatcher:_Reorder.backward",
+        "inverse)",
+        "torch.argsort(inverse))",
+        ONE_RANK,
+    ),
+    Mutation(
+        "weights are not applied",
+        _PARALLEL + "dispatcher:AllToAllDispatcher.merge",
+        "slots * weights_TK.reshape(-1, 1)",
+        "slots * 1",
+        ONE_RANK,
+    ),
+    Mutation(
+        "the way back has the splits of the way there",
+        _PARALLEL + "collectives:AllToAll.reverse",
+        "input_splits=self.output_splits, output_splits=self.input_splits",
+        "input_splits=self.input_splits, output_splits=self.output_splits",
+        Catch(DISPATCHER, "uneven_splits_swap", (), 2),
+    ),
+    Mutation(
+        "arriving rows are counted by expert, not by rank",
+        _PARALLEL + "dispatcher:AllToAllDispatcher.prepare",
+        ".repeat(world)",
+        ".repeat_interleave(world)",
+        Catch(DISPATCHER, "arriving_rows_know_their_expert", (), 2),
+    ),
+    Mutation(
+        "experts lie on other ranks",
+        _MODELS + "parallelize:_shard_experts",
+        "rank * local : (rank + 1) * local",
+        "(size - 1 - rank) * local : (size - rank) * local",
+        POINT,
+    ),
+    Mutation(
+        "an idle rank cuts its graph",
+        _MODELS + "hf_layer:HFSubBlocks.expert_rows",
+        "return rows_RD + 0.0 *",
+        "return rows_RD.detach() + 0.0 *",
+        NO_ROWS,
+    ),
+    Mutation(
+        "an idle expert has no gradient",
+        _MODELS + "hf_layer:HFSubBlocks.expert_rows",
+        "for parameter in experts.parameters())",
+        "for parameter in ())",
+        NO_ROWS,
+    ),
+    # gradients over ranks
+    Mutation(
+        "expert gradients are reduced twice",
+        _PARALLEL + "data_parallel:DataParallel.reduce_gradients",
+        "if axis_size(self._mesh, REPLICA_AXIS) > 1:",
+        "self._sum(self._expert_parameters, dist.group.WORLD, 4)\n    if axis_size(self._mesh, REPLICA_AXIS) > 1:",
+        SUMS,
+    ),
+    Mutation(
+        "replicas of experts are not reduced",
+        _PARALLEL + "data_parallel:DataParallel.reduce_gradients",
+        "if axis_size(self._mesh, REPLICA_AXIS) > 1:",
+        "if False:",
+        SUMS,
+    ),
+    Mutation(
+        "replicated gradients are not reduced",
+        _PARALLEL + "data_parallel:DataParallel.reduce_gradients",
+        "self._sum(self._replicated_parameters, dist.group.WORLD, self.world_size)",
+        "None",
+        SUMS,
+    ),
+    Mutation(
+        "the norm counts replicated parameters on every rank",
+        _PARALLEL + "data_parallel:DataParallel.clip_gradients",
+        "dist.all_reduce(squares[1]",
+        "dist.all_reduce(squares",
+        NORM,
+    ),
+    Mutation(
+        "the norm counts experts once per replica",
+        _PARALLEL + "data_parallel:DataParallel.clip_gradients",
+        "group=self._mesh.get_group(EP_AXIS)",
+        "group=None",
+        NORM,
+    ),
+    Mutation(
+        "the norm forgets the experts of other ranks",
+        _PARALLEL + "data_parallel:DataParallel.clip_gradients",
+        "if self._expert_parameters and",
+        "if False and",
+        NORM,
+    ),
+    Mutation(
+        "clipping forgets the experts",
+        _PARALLEL + "data_parallel:DataParallel.clip_gradients",
+        "(*self._replicated_parameters, *self._expert_parameters)",
+        "self._replicated_parameters",
+        NORM,
+    ),
+    Mutation(
+        "a gradient that is missing on a rank is left out of the sum",
+        _PARALLEL + "data_parallel:DataParallel._sum",
+        "if flag]",
+        "if all(p.grad is not None for p in parameters)]",
+        Catch(DATA_PARALLEL, "absent_gradients", (), 2),
+    ),
+    # balance, links, simulator
+    Mutation(
+        "recomputation is counted",
+        _CORE + "balance:RouterBalance.__call__",
+        "if not recomputing:\n        self._counts",
+        "if True:\n        self._counts",
+        Catch(BALANCE, "test_a_recomputation_counts_nothing_again"),
+    ),
+    Mutation(
+        "the bias moves the wrong way",
+        _CORE + "balance:RouterBalance.update",
+        "mean_L1[row] - counts_LE[row]",
+        "counts_LE[row] - mean_L1[row]",
+        Catch(BALANCE, "test_the_bias_rises_where_tokens_are_missing"),
+    ),
+    Mutation(
+        "the auxiliary loss sees one rank only",
+        _CORE + "balance:RouterBalance.__call__",
+        "self._sum(local_E.double())",
+        "local_E.double()",
+        Catch(BALANCE, "one_step_on_ranks", (2, "overlapped"), 2),
+    ),
+    Mutation(
+        "the emulated wire is free",
+        _PARALLEL + "emulated_link:EmulatedLink._pace",
+        "time.sleep(duration_s)",
+        "pass",
+        Catch(EMULATED, "as_slow_as_it_claims", (), 2),
+    ),
+    Mutation(
+        "the simulated link carries everything at once",
+        _CORE + "simulator:simulate",
+        "max(now, link_free)",
+        "now",
+        Catch(SIMULATOR, "test_lanes_do_one_thing_at_a_time", ("attn_only",)),
+    ),
+]
+
+
+# -- how a mutation is applied --
+
+
+def function_of(where: str) -> FunctionType:
+    """The plain function behind methods, static methods and decorators."""
+    module, _, path = where.partition(":")
+    target: Any = importlib.import_module(module)
+    for name in path.split("."):
+        target = vars(target)[name] if isinstance(target, type) else getattr(target, name)
+    found = inspect.unwrap(target.__func__ if isinstance(target, staticmethod) else target)
+    assert isinstance(found, FunctionType)
+    return found
+
+
+@contextmanager
+def applied(mutation: Mutation) -> Iterator[None]:
+    """The mutated code in place of the function's own, for everybody who holds a reference to it."""
+    function = function_of(mutation.where)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(mutation.old) == 1, (
+        f"{mutation.where} holds {mutation.old!r} {source.count(mutation.old)} times"
+    )
+    body = source[source.index("def ") :].replace(mutation.old, mutation.new)
+    found: dict[str, Any] = {}
+    exec(compile(body, f"<{mutation.what}>", "exec"), function.__globals__, found)
+    own = function.__code__
+    function.__code__ = found[function.__name__].__code__
+    try:
+        yield
+    finally:
+        function.__code__ = own
+
+
+def load(path: str) -> ModuleType:
+    """A test file as a module; once."""
+    name = "mutated_" + path.replace("/", "_").removesuffix(".py")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, TESTS / path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def call(catch: Catch) -> None:
+    """Run the test. Arguments that are positions in a list of the test file are looked up there."""
+    module, arguments = load(catch.path), list(catch.arguments)
+    if catch.path in (EXECUTOR, SCHEDULE, RESIDUAL):
+        lists = [values for values in (getattr(module, "WIRINGS", None), getattr(module, "MIXES", None)) if values]
+        names = list(inspect.signature(getattr(module, catch.function)).parameters)
+        for position, name in enumerate(names[: len(arguments)]):
+            if name in ("wiring", "mix") and isinstance(arguments[position], int):
+                arguments[position] = lists[("wiring", "mix").index(name)][arguments[position]]
+    getattr(module, catch.function)(*arguments)
+
+
+def color(catch: Catch, mutation: Mutation | None) -> str:
+    """``green``, or what the test said; in this process."""
+    try:
+        if mutation is None:
+            call(catch)
+        else:
+            with applied(mutation):
+                call(catch)
+    except (Exception, pytest.fail.Exception) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return "green"
+
+
+def outcome(catch: Catch, mutation: Mutation | None, pool: "RankPool") -> str:
+    """As `color`, on as many ranks as the test needs: the first that is red."""
+    if not catch.ranks:
+        return color(catch, mutation)
+    from farskip.testing import RankError
+
+    try:
+        return next(
+            (said for said in pool.run(color, catch.ranks, catch, mutation, timeout_s=16.0) if said != "green"), "green"
+        )
+    except RankError as error:
+        return f"RankError: {str(error).splitlines()[0]}"
+
+
+def table() -> str:
+    """What breaks what, as it stands in docs/."""
+    rows = [
+        "# Mutations",
+        "",
+        "Each line is one safeguard of the core, taken away by `tests/test_mutations.py`, and the test that turns",
+        "red. Written by `pytest tests/test_mutations.py --update-snapshots`.",
+        "",
+        "| what is broken | where | caught by |",
+        "|---|---|---|",
+    ]
+    for mutation in MUTATIONS:
+        catch = mutation.catch
+        where = mutation.where.removeprefix("farskip.").replace(":", " ")
+        rows.append(f"| {mutation.what} | `{where}` | `{catch.path}` `{catch.function}` |")
+    return "\n".join(rows) + "\n"
+
+
+@pytest.fixture(scope="module")
+def caught() -> Iterator[dict[str, str]]:
+    """What every mutation met; printed at the end of the file."""
+    said: dict[str, str] = {}
+    yield said
+    width = max((len(what) for what in said), default=0)
+    print("\n" + "\n".join(f"{what:<{width}}  {text[:100]}" for what, text in said.items()))
+
+
+def hashable(catch: Catch) -> Any:
+    return (catch.path, catch.function, repr(catch.arguments), catch.ranks)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what.replace(" ", "-"))
+def test_a_mutation_turns_its_test_red(
+    mutation: Mutation, rank_pool: "RankPool", caught: dict[str, str], green: dict[Any, str]
+) -> None:
+    key = hashable(mutation.catch)
+    if key not in green:
+        green[key] = outcome(mutation.catch, None, rank_pool)
+    assert green[key] == "green", f"{mutation.catch} is red without the mutation: {green[key]}"
+    said = outcome(mutation.catch, mutation, rank_pool)
+    caught[mutation.what] = f"{mutation.catch.function}: {said}"
+    assert said != "green", f"nothing noticed: {mutation.what}"
+    assert "holds" not in said or "times" not in said, said
+
+
+@pytest.fixture(scope="module")
+def green() -> dict[Any, str]:
+    """Tests that were run without a mutation."""
+    return {}
+
+
+def test_the_table_in_docs_is_current(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--update-snapshots"):
+        TABLE.write_text(table(), encoding="utf-8")
+    assert TABLE.exists() and TABLE.read_text(encoding="utf-8") == table(), (
+        "run pytest tests/test_mutations.py --update-snapshots"
+    )
+
+
+def test_every_mutation_has_a_name_of_its_own() -> None:
+    names = [mutation.what for mutation in MUTATIONS]
+    assert len(set(names)) == len(names)
+    for first, second in itertools.pairwise(MUTATIONS):
+        assert (first.where, first.old, first.new) != (second.where, second.old, second.new)
