@@ -17,7 +17,7 @@ Legend: T tokens, E experts, K chosen experts per token.
 Source: Switch Transformer (arXiv 2101.03961) section 2.2; auxiliary-loss-free balancing (arXiv 2408.15664).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -133,12 +133,3 @@ class _AddLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (one,) = ctx.saved_tensors
         return gradient, one
-
-
-def selection_biases(gates: Sequence[Any]) -> dict[int, torch.Tensor]:
-    """The selection biases of routers that have one, by position in `gates`; None stands for a layer without router."""
-    return {
-        layer: gate.e_score_correction_bias
-        for layer, gate in enumerate(gates)
-        if gate is not None and hasattr(gate, "e_score_correction_bias")
-    }

@@ -38,7 +38,7 @@ from farskip.testing_worker import STACK_SIGNAL, Case, serve
 START_SECONDS = 120.0
 """How long new processes get to import torch; apart from a case's own limit, which a busy machine would eat up."""
 
-SHUTDOWN_SECONDS = 10.0
+SHUTDOWN_SECONDS = 60.0
 """How long idle ranks get to end by themselves before they are killed."""
 
 POLL_SECONDS = 0.5

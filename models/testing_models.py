@@ -21,7 +21,7 @@ NUM_EXPERTS = 8
 TOP_K = 2
 FAMILIES = ("qwen3_moe", "deepseek_v3")
 
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -34,7 +34,7 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_FAMILY = {
+_FAMILY: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "num_key_value_heads": 2,
         "head_dim": 8,

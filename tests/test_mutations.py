@@ -657,7 +657,7 @@ def outcome(catch: Catch, mutation: Mutation | None, pool: "RankPool") -> str:
 
     try:
         return next(
-            (said for said in pool.run(color, catch.ranks, catch, mutation, timeout_s=16.0) if said != "green"), "green"
+            (said for said in pool.run(color, catch.ranks, catch, mutation, timeout_s=60.0) if said != "green"), "green"
         )
     except RankError as error:
         return f"RankError: {str(error).splitlines()[0]}"

@@ -1,0 +1,280 @@
+"""The executor on toy sub-blocks and a fake link: every placement, wiring and cut computes the same bits, in order."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from farskip.executor import Executor
+from farskip.parallel.dispatcher import AllToAllDispatcher
+from farskip.parallel.testing_links import Delay, FakeLink, at_wait, random_delay
+from farskip.recorder import Recorder
+from farskip.schedule import Do, Instruction, Segment, build_schedule, even_segments
+from farskip.simulator import placements
+from farskip.stage import Routing, Seam
+from farskip.wiring import DENSE, MOE, MOE_SHARED, LayerBlocks, LayerWiring, Wiring
+
+NAMES = ("ordinary", "farskip", "attn_only", "parallel", "ladder")
+MIX = (DENSE, MOE_SHARED, MOE, MOE_SHARED)
+SC_MOE = Wiring((LayerWiring(routed=("attention",)),) * 4)
+SHARED_READS_ALL = Wiring((LayerWiring(attention=("previous.routed",), routed=("attention",)),) * 4)
+"""Farskip whose shared expert waits for attention: y has three uses whose order a placement can change."""
+WIRINGS = [Wiring.named(name, 4) for name in NAMES] + [Wiring.named("farskip", 4, [1, 3]), SC_MOE, SHARED_READS_ALL]
+EXPERTS, TOP_K, WIDTH = 4, 2, 8
+
+
+class ToyBlocks:
+    """Sub-blocks of one matrix each; norms and projections use their input as often as real ones do."""
+
+    def __init__(self, blocks: LayerBlocks, seed: int) -> None:
+        self.blocks = blocks
+        generator = torch.Generator().manual_seed(seed)
+
+        def matrix(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, WIDTH, generator=generator).div_(3).requires_grad_()
+
+        self.parameters = {
+            name: matrix(*shape)
+            for name, shape in {
+                **dict.fromkeys(("query", "key", "value", "output", "mlp", "up", "shared"), (WIDTH,)),
+                "gate": (EXPERTS,),
+                "experts": (EXPERTS, WIDTH),
+            }.items()
+        }
+
+    def attention_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
+        return stream_BSD * (stream_BSD.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+    mlp_norm = attention_norm
+
+    def attention(self, normed_BSD: torch.Tensor, seam: Seam, arguments: Mapping[str, Any]) -> torch.Tensor:
+        weights = self.parameters
+        query, key, value = seam(*(normed_BSD @ weights[name] for name in ("query", "key", "value")))
+        return torch.softmax(query @ key.transpose(-1, -2), -1) @ value @ weights["output"]
+
+    def mlp(self, normed_BSD: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(normed_BSD @ self.parameters["mlp"]) * (normed_BSD @ self.parameters["up"])
+
+    def shared(self, normed_BSD: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(normed_BSD @ self.parameters["shared"]) * (normed_BSD @ self.parameters["up"])
+
+    def route(self, normed_BSD: torch.Tensor) -> Routing:
+        logits_TE = normed_BSD.reshape(-1, WIDTH) @ self.parameters["gate"].T
+        weights_TK, experts_TK = logits_TE.softmax(-1).topk(TOP_K)
+        return Routing(logits_TE=logits_TE, weights_TK=weights_TK, experts_TK=experts_TK)
+
+    def routed(self, normed_BSD: torch.Tensor, routing: Routing) -> torch.Tensor:
+        tokens = normed_BSD.reshape(-1, WIDTH)
+        every_TED = torch.einsum("td,edf->tef", tokens, self.parameters["experts"]).tanh()
+        chosen = every_TED.gather(1, routing.experts_TK.unsqueeze(-1).expand(-1, -1, WIDTH))
+        return (chosen * routing.weights_TK.unsqueeze(-1)).sum(1).view(normed_BSD.shape)
+
+    def expert_rows(self, rows_RD: torch.Tensor, expert_R: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("rd,rdf->rf", rows_RD, self.parameters["experts"][expert_R]).tanh()
+
+
+class Run:
+    """One forward and backward pass, and everything that can be compared."""
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        mode: str,
+        *,
+        mix: Sequence[LayerBlocks] = MIX,
+        placement: Any = None,
+        segments: tuple[Segment, ...] | None = None,
+        recompute: bool = False,
+        delay: Delay = at_wait,
+        expert_parallel: bool = True,
+        chunks: int = 1,
+        observe: bool = True,
+    ) -> None:
+        layers = [ToyBlocks(blocks, seed) for seed, blocks in enumerate(mix)]
+        self.link, self.recorder = FakeLink(delay), Recorder()
+        dispatcher = AllToAllDispatcher(self.link, EXPERTS, chunks) if expert_parallel else None
+        executor = Executor(layers, wiring, dispatcher=dispatcher, mode=mode)
+        if observe:
+            executor.observers.append(self.recorder)
+        cut = segments or (Segment(0, len(mix)),)
+        if placement is not None:
+            executor.set_schedule(build_schedule(executor.graph, mode, segments=cut, placement=placement))
+        self.schedule = executor.schedule(cut)
+        x = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(9), requires_grad=True)
+        stream, partial = x * 1.0, x * 1.0
+        for segment in self.schedule.segments:
+            stream, partial = executor.run_segment(
+                self.schedule, segment, stream, partial, [{}] * len(mix), recompute=recompute
+            )
+        (stream * torch.arange(WIDTH)).sum().backward()
+        self.tensors = {"output": stream.detach(), "x": x.grad}
+        for index, layer in enumerate(layers):
+            for name, parameter in layer.parameters.items():
+                if parameter.grad is not None:
+                    self.tensors[f"{name}.{index}"] = parameter.grad
+
+    def assert_equal_bits(self, other: "Run") -> None:
+        assert self.tensors.keys() == other.tensors.keys()
+        for name, tensor in self.tensors.items():
+            assert tensor is not None and tensor.isfinite().all(), f"{name} is not finite: something was read too early"
+            assert torch.equal(tensor, other.tensors[name]), f"{name} differs in bits"
+        assert not self.link.in_flight and not self.link.lost
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_every_placement_gives_the_bits_of_serial(wiring: Wiring, chunks: int) -> None:
+    serial = Run(wiring, "serial", chunks=chunks)
+    serial.recorder.check(serial.schedule)
+    for placement in placements():
+        overlapped = Run(wiring, "overlapped", placement=placement, chunks=chunks)
+        overlapped.assert_equal_bits(serial)
+        overlapped.recorder.check(overlapped.schedule)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_segments_give_the_bits_of_serial(wiring: Wiring, length: int, recompute: bool) -> None:
+    for chunks in (1, 3):
+        serial, overlapped = (
+            Run(wiring, mode, segments=even_segments(4, length), recompute=recompute, chunks=chunks)
+            for mode in ("serial", "overlapped")
+        )
+        overlapped.assert_equal_bits(serial)
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+@pytest.mark.parametrize("mode", ["serial", "overlapped"])
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_recomputation_repeats_the_forward_list_and_keeps_the_backward_list(
+    wiring: Wiring, mode: str, length: int
+) -> None:
+    run = Run(wiring, mode, segments=even_segments(4, length), recompute=True)
+    schedule, recorder = run.schedule, run.recorder
+    again = [step for segment in reversed(schedule.segments) for step in schedule.of_segment(segment)]
+    assert recorder.forward == [*schedule.forward, *again]
+    assert recorder.backward == list(schedule.backward)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_whatever_begins_also_ends_before_the_next_begins(wiring: Wiring, recompute: bool) -> None:
+    """Profiler ranges that never end, or overlap, would make a trace unreadable. A recomputation is nested in the
+    stage of the backward pass that first asked for it."""
+    layers = [ToyBlocks(blocks, seed) for seed, blocks in enumerate(MIX)]
+    executor = Executor(layers, wiring, dispatcher=AllToAllDispatcher(FakeLink(), EXPERTS))
+    open_now: list[tuple[Instruction, str]] = []
+    counts = {"begun": 0, "ended": 0}
+
+    def observe(instruction: Instruction, direction: str) -> Any:
+        nested = recompute and direction == "forward" and [way for _, way in open_now] == ["backward"]
+        assert not open_now or nested, f"{instruction} begins inside {open_now}"
+        open_now.append((instruction, direction))
+        counts["begun"] += 1
+
+        def end() -> None:
+            assert open_now.pop() == (instruction, direction)
+            counts["ended"] += 1
+
+        return end
+
+    executor.observers.append(observe)
+    x = torch.randn(2, 3, WIDTH, requires_grad=True)
+    out, _ = executor.run_segment(executor.schedule(), Segment(0, 4), x, x, [{}] * 4, recompute=recompute)
+    out.sum().backward()
+    num_steps = len(executor.schedule().forward)
+    assert counts == dict.fromkeys(counts, num_steps * (3 if recompute else 2)) and not open_now
+
+
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_recomputation_changes_no_bit(wiring: Wiring) -> None:
+    for mode in ("serial", "overlapped"):
+        segments = even_segments(4, 2)
+        Run(wiring, mode, segments=segments, recompute=True).assert_equal_bits(Run(wiring, mode, segments=segments))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_delays_of_the_link_change_no_bit(seed: int) -> None:
+    for wiring in WIRINGS:
+        late = Run(wiring, "overlapped")
+        Run(wiring, "overlapped", delay=random_delay(seed)).assert_equal_bits(late)
+
+
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_observers_change_no_bit(wiring: Wiring) -> None:
+    Run(wiring, "overlapped").assert_equal_bits(Run(wiring, "overlapped", observe=False))
+
+
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_dispatch_computes_what_local_experts_compute(wiring: Wiring) -> None:
+    """Tolerance: DESIGN.md 4; sums of K rows are formed in another order, and matrix products of other heights."""
+    local = Run(wiring, "serial", expert_parallel=False)
+    for chunks in (1, 2, 5, 9):  # six tokens: uneven chunks, and empty ones
+        assert_close(local, Run(wiring, "overlapped", chunks=chunks))
+
+
+def assert_close(local: Run, dispatched: Run) -> None:
+    assert local.tensors.keys() == dispatched.tensors.keys()
+    for name, expected in local.tensors.items():
+        actual = dispatched.tensors[name]
+        assert actual is not None and expected is not None
+        assert float((actual - expected).norm()) <= 1e-4 * float(expected.norm()), name
+
+
+def test_an_attention_that_misses_the_seam_is_refused() -> None:
+    layers = [ToyBlocks(MOE, 0)]
+    layers[0].attention = lambda normed_BSD, seam, arguments: normed_BSD  # type: ignore[method-assign, assignment]
+    executor = Executor(layers, Wiring.named("farskip", 1), mode="serial")
+    x = torch.randn(1, 2, WIDTH)
+    with pytest.raises(RuntimeError, match="layer 0: attention called the seam 0 times instead of once"):
+        executor.run_segment(executor.schedule(), Segment(0, 1), x, x, [{}])
+
+
+def test_an_unknown_mode_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="schedule 'parallel' is unknown"):
+        Executor([ToyBlocks(MOE, 0)], Wiring.named("farskip", 1), mode="parallel")
+
+
+def test_the_recorder_names_the_first_step_that_differs() -> None:
+    run = Run(Wiring.named("farskip", 4), "overlapped")
+    run.recorder.backward[3], run.recorder.backward[4] = run.recorder.backward[4], run.recorder.backward[3]
+    with pytest.raises(RuntimeError, match=r"backward step 3: scheduled .*, executed"):
+        run.recorder.check(run.schedule)
+    run.recorder.backward.pop()
+    run.recorder.backward[3], run.recorder.backward[4] = run.recorder.backward[4], run.recorder.backward[3]
+    with pytest.raises(RuntimeError, match=r"backward: scheduled \d+ steps, executed \d+"):
+        run.recorder.check(run.schedule)
+
+
+def test_wirings_differ_where_they_should() -> None:
+    """The comparisons above would pass on an executor that ignores the wiring."""
+    outputs = [Run(wiring, "serial").tensors["output"] for wiring in WIRINGS]
+    for first, second in itertools.combinations(outputs, 2):
+        assert first is not None and second is not None and not torch.allclose(first, second, atol=1e-3)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("mode", ["serial", "overlapped"])
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_exchanges_are_under_way_exactly_while_the_schedule_says_so(wiring: Wiring, mode: str, chunks: int) -> None:
+    """In backward too: one that waited as soon as it had launched would give the same bits and hide nothing."""
+    layers = [ToyBlocks(blocks, seed) for seed, blocks in enumerate(MIX)]
+    link = FakeLink(at_wait)
+    executor = Executor(layers, wiring, dispatcher=AllToAllDispatcher(link, EXPERTS, chunks), mode=mode)
+    seen: dict[str, list[int]] = {"forward": [], "backward": []}
+
+    def observe(instruction: Instruction, direction: str) -> Any:
+        seen[direction].append(len(link.in_flight))
+        return lambda: None
+
+    executor.observers.append(observe)
+    schedule = executor.schedule()
+    x = torch.randn(2, 3, WIDTH, requires_grad=True)
+    executor.run_segment(schedule, Segment(0, 4), x, x, [{}] * 4)[0].sum().backward()
+    for direction, steps in (("forward", schedule.forward), ("backward", schedule.backward)):
+        changes = {Do.LAUNCH: 1, Do.WAIT: -1, Do.RUN: 0}
+        expected = list(itertools.accumulate((changes[step.do] for step in steps), initial=0))[:-1]
+        assert seen[direction] == expected, direction

@@ -1,0 +1,445 @@
+"""Expert parallelism on real ranks: serial equals overlapped in bits, and k ranks equal one on the whole batch."""
+
+import copy
+import itertools
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from farskip.models.attach import attachment_of
+from farskip.models.parallelize import full_state_dict, parallelize
+from farskip.models.surgery import rewire, wiring_of
+from farskip.models.testing_models import forced_routing, gradients, next_token_loss, tiny_model, token_ids
+from farskip.parallel.collectives import ProcessGroupLink
+from farskip.parallel.data_parallel import DataParallel
+from farskip.parallel.mesh import EP_AXIS, axis_size, build_mesh
+from farskip.parallel.testing_links import LateLink
+from farskip.recorder import Recorder
+from farskip.testing import assert_close, assert_equal_bits
+
+if TYPE_CHECKING:
+    from farskip.testing import RankPool
+
+LOGITS = {"max_error": 5e-5}
+"""DESIGN.md 4: fp32, and sums over ranks are formed in another order."""
+GRADIENTS = {"rel_norm": 1e-4}
+"""DESIGN.md 4."""
+WEIGHTS = {"rel_norm": 1e-4}
+"""As the gradients: a step of AdamW is a smooth function of them with the epsilon of `OPTIMIZER`."""
+OPTIMIZER = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
+"""An epsilon near the size of a gradient; with 1e-8 the first step is the sign of a gradient, noise where that is 0."""
+CLIP = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One point of the grid. `recompute`: layers per recomputed segment, 0 for none."""
+
+    family: str = "deepseek_v3"
+    wiring: str = "farskip"
+    layers: Any = "all"
+    world: int = 2
+    ep: int = 2
+    recompute: int = 0
+    chunks: int = 1
+    routing: str = "free"
+    accumulation: int = 1
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        default = Setting()
+        named = {name: getattr(self, name) for name in ("family", "wiring", "world", "ep")}
+        named |= {
+            name: getattr(self, name)
+            for name in ("layers", "chunks", "recompute", "routing", "accumulation", "changes")
+            if getattr(self, name) != getattr(default, name)
+        }
+        return "-".join(
+            str(value) if name in ("family", "wiring") else f"{name}={value}" for name, value in named.items()
+        )
+
+
+@dataclass
+class Outcome:
+    """What one training step of one model gave."""
+
+    logits: torch.Tensor
+    raw: dict[str, torch.Tensor]
+    reduced: dict[str, torch.Tensor]
+    loss: torch.Tensor
+    norm: torch.Tensor
+    weights: dict[str, torch.Tensor]
+    recorder: Recorder
+    model: Any
+
+
+def base_model(setting: Setting) -> Any:
+    return rewire(tiny_model(setting.family, **setting.changes), setting.wiring, setting.layers)
+
+
+def prepare(model: Any, setting: Setting) -> Recorder:
+    """Recomputation, routing and a recorder on a model that has its final executor."""
+    attachment, recorder = attachment_of(model), Recorder()
+    assert attachment is not None
+    attachment.executor.routing_hook = forced_routing(setting.routing, tokens_per_rank=14)
+    attachment.executor.observers.append(recorder)
+    if setting.recompute:
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=lambda *_: pytest.fail("called"))
+        attachment.checkpoint_layers = setting.recompute
+    return recorder
+
+
+def micro_batches(setting: Setting, rank: int | None) -> list[torch.Tensor]:
+    """Two sequences per rank and micro-batch; those of all ranks for None."""
+    chosen = range(setting.world) if rank is None else [rank]
+    return [
+        torch.cat([token_ids(2, 7, seed=100 * step + each) for each in chosen]) for step in range(setting.accumulation)
+    ]
+
+
+def step(model: Any, setting: Setting, rank: int | None, data_parallel: DataParallel | None) -> Outcome:
+    """Forward, backward, reduction, clipping and AdamW, the loss normalized over all ranks and micro-batches."""
+    recorder = prepare(model, setting)
+    optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
+    num_targets = setting.world * setting.accumulation * 2 * 6
+    logits, losses = [], []
+    for ids in micro_batches(setting, rank):
+        logits.append(model(ids, use_cache=False).logits)
+        loss = next_token_loss(logits[-1], ids, num_targets)
+        loss.backward()
+        losses.append(loss.detach())
+    raw, total = gradients(model), torch.stack(losses).sum()
+    if data_parallel is None:
+        norm, reduced = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP), raw
+    else:
+        data_parallel.reduce_gradients()
+        total = data_parallel.all_reduce_sum(total)
+        reduced = gradients(model)
+        norm = data_parallel.clip_gradients(CLIP)
+    optimizer.step()
+    return Outcome(
+        logits=torch.cat(logits).detach(),
+        raw=raw,
+        reduced=reduced,
+        loss=total,
+        norm=norm,
+        weights={name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+        recorder=recorder,
+        model=model,
+    )
+
+
+def parallel_step(setting: Setting, mode: str, link_kind: type[ProcessGroupLink] = LateLink) -> Outcome:
+    """The step of this rank under expert parallelism."""
+    mesh = build_mesh(setting.ep)
+    link = link_kind(mesh.get_group(EP_AXIS))
+    model = parallelize(base_model(setting), mesh, mode, link=link, chunks=setting.chunks)
+    attachment = attachment_of(model)
+    assert attachment is not None
+    data_parallel = DataParallel(mesh, dict(model.named_parameters()), sharded=attachment.sharded_experts, links=[link])
+    return step(model, setting, dist.get_rank(), data_parallel)
+
+
+def my_slice(tensors: dict[str, torch.Tensor], outcome: Outcome) -> dict[str, torch.Tensor]:
+    """The whole model's tensors as this rank holds them: its slice of each expert tensor."""
+    attachment = attachment_of(outcome.model)
+    assert attachment is not None
+    size = axis_size(attachment.mesh, EP_AXIS)
+    position = dist.get_rank() % size
+    return {
+        name: tensor.chunk(size)[position] if name in attachment.sharded_experts else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def check_recorder(outcome: Outcome, setting: Setting) -> None:
+    """Autograd followed the backward list to the letter, in every micro-batch."""
+    attachment = attachment_of(outcome.model)
+    assert attachment is not None
+    schedule = attachment.executor.schedule(attachment.segments(recompute=bool(setting.recompute)))
+    again = [each for segment in reversed(schedule.segments) for each in schedule.of_segment(segment)]
+    forward = [*schedule.forward, *(again if setting.recompute else [])]
+    assert outcome.recorder.forward == forward * setting.accumulation
+    assert outcome.recorder.backward == list(schedule.backward) * setting.accumulation
+
+
+def check_bits(serial: Outcome, overlapped: Outcome) -> None:
+    """Everything before reduction, which both do alike."""
+    assert_equal_bits(overlapped.logits, serial.logits)
+    assert_equal_bits(overlapped.raw, serial.raw)
+
+
+def check_against_one_rank(outcome: Outcome, one: Outcome, setting: Setting) -> None:
+    rows = 2 * setting.world
+    mine = torch.cat([part[2 * dist.get_rank() :][:2] for part in one.logits.split(rows)])
+    assert_close(outcome.logits, mine, **LOGITS)
+    assert_close(outcome.loss, one.loss, rel_norm=1e-5, name="loss")
+    assert_close(outcome.reduced, my_slice(one.reduced, outcome), **GRADIENTS)
+    assert_close(outcome.norm, one.norm, rel_norm=1e-5, name="norm")
+    assert float(one.norm) > CLIP, "the clip has to bite"
+    assert_close(outcome.weights, my_slice(one.weights, outcome), **WEIGHTS)
+
+
+def run_grid_point(settings: list[Setting]) -> None:
+    """On every rank: both proofs of DESIGN.md 3, for each setting."""
+    for setting in settings:
+        try:
+            serial, overlapped = (parallel_step(setting, mode) for mode in ("serial", "overlapped"))
+            check_bits(serial, overlapped)
+            for outcome in (serial, overlapped):
+                check_recorder(outcome, setting)
+            one = step(base_model(setting), setting, None, None)
+            check_against_one_rank(overlapped, one, setting)
+        except AssertionError as error:
+            raise AssertionError(f"{setting}: {error}") from error
+
+
+def run_corner(changes: dict[str, Any]) -> None:
+    """As `run_grid_point`, for the mutations."""
+    run_grid_point([Setting(**changes)])
+
+
+DIMENSIONS: dict[str, tuple[Any, ...]] = {
+    "family": ("deepseek_v3", "qwen3_moe"),
+    "wiring": ("ordinary", "farskip", "attn_only", "parallel", "ladder"),
+    "layers": ("all", "last:2", [0, 2]),
+    "size": ((1, 1), (2, 2), (4, 4), (4, 2)),
+    "chunks": (1, 2, 3),
+    "recompute": (0, 1, 2, 4),
+    "routing": ("free", "balanced", "one_expert", "idle_expert", "idle_rank"),
+    "accumulation": (1, 2),
+}
+
+
+def pairwise() -> list[Setting]:
+    """Settings that together hold every pair of values of two dimensions; greedy and deterministic."""
+    names = list(DIMENSIONS)
+    missing = {
+        (first, i, second, j)
+        for first, second in itertools.combinations(names, 2)
+        for i in range(len(DIMENSIONS[first]))
+        for j in range(len(DIMENSIONS[second]))
+    }
+
+    def pairs(point: dict[str, int]) -> set[tuple[str, int, str, int]]:
+        return {(a, point[a], b, point[b]) for a, b in itertools.combinations(names, 2)} & missing
+
+    found = []
+    while missing:
+        first, i, second, j = min(missing)
+        point = {first: i, second: j}
+        for name in names:
+            if name in point:
+                continue
+
+            def gain(value: int, name: str = name, point: dict[str, int] = point, missing: set[Any] = missing) -> int:
+                known = [other for other in names if other in point]
+                new = {
+                    (a, (point | {name: value})[a], b, (point | {name: value})[b])
+                    for a, b in itertools.combinations(names, 2)
+                    if name in (a, b) and {a, b} <= {*known, name}
+                }
+                return len(new & missing)
+
+            point[name] = max(range(len(DIMENSIONS[name])), key=gain)
+        missing -= pairs(point)
+        values = {name: DIMENSIONS[name][point[name]] for name in names}
+        world, ep = values.pop("size")
+        found.append(Setting(world=world, ep=ep, **values))
+    return found
+
+
+CORNERS = [
+    Setting(world=4, ep=4, routing="one_expert", recompute=4),
+    Setting(world=4, ep=4, routing="idle_rank", wiring="ladder", recompute=2),
+    Setting(world=4, ep=2, routing="idle_rank", accumulation=2),
+    Setting(world=2, ep=2, changes={"first_k_dense_replace": 0, "q_lora_rank": None}),
+    Setting(family="qwen3_moe", wiring="ladder", world=2, ep=2, changes={"mlp_only_layers": [1, 2]}),
+    Setting(family="qwen3_moe", world=2, ep=2, changes={"tie_word_embeddings": True}),
+    Setting(family="qwen3_moe", world=2, ep=2, changes={"mlp_only_layers": [0, 1, 2, 3]}),
+    Setting(world=2, ep=1, wiring="farskip"),
+    Setting(world=4, ep=4, routing="idle_rank", chunks=3, recompute=2),
+    Setting(world=2, ep=2, wiring="ordinary", chunks=2),
+    Setting(world=2, ep=2, changes={"num_experts_per_tok": 1}, routing="free"),
+    Setting(world=4, ep=4, changes={"num_experts_per_tok": 3, "n_group": 1, "topk_group": 1}),
+]
+GRID = [*pairwise(), *CORNERS]
+
+
+def test_the_grid_holds_every_pair() -> None:
+    points = [
+        {**{name: getattr(each, name) for name in DIMENSIONS if name != "size"}, "size": (each.world, each.ep)}
+        for each in pairwise()
+    ]
+    for first, second in itertools.combinations(DIMENSIONS, 2):
+        for a, b in itertools.product(DIMENSIONS[first], DIMENSIONS[second]):
+            assert any(point[first] == a and point[second] == b for point in points), f"{first}={a}, {second}={b}"
+
+
+@pytest.mark.parametrize("setting", GRID, ids=str)
+def test_serial_equals_overlapped_and_k_ranks_equal_one(setting: Setting, rank_pool: "RankPool") -> None:
+    rank_pool.run(run_grid_point, setting.world, [setting])
+
+
+# -- single properties ------------------------------------------------------------------------------------------------
+
+
+def real_link_equals_late_link() -> None:
+    setting = Setting(world=2, ep=2)
+    late, real = (parallel_step(setting, "overlapped", kind) for kind in (LateLink, ProcessGroupLink))
+    check_bits(late, real)
+
+
+def test_the_test_link_changes_no_bit(rank_pool: "RankPool") -> None:
+    rank_pool.run(real_link_equals_late_link, 2)
+
+
+def dropout_is_drawn_alike() -> None:
+    setting = Setting(world=2, ep=2, changes={"attention_dropout": 0.3})
+    outcomes = []
+    for mode in ("serial", "overlapped"):
+        torch.manual_seed(7 + dist.get_rank())
+        outcomes.append(parallel_step(setting, mode))
+    check_bits(*outcomes)
+
+
+def test_attention_dropout_is_drawn_alike_in_serial_and_overlapped(rank_pool: "RankPool") -> None:
+    rank_pool.run(dropout_is_drawn_alike, 2)
+
+
+def low_precision(kind: str, routing: str) -> None:
+    """bf16: equal bits of the modes only; against one rank the roundings differ."""
+    setting = Setting(world=2, ep=2, routing=routing)
+    outcomes = []
+    for mode in ("serial", "overlapped"):
+        mesh = build_mesh(2)
+        model = parallelize(base_model(setting), mesh, mode)
+        if kind == "bf16":
+            model.to(torch.bfloat16)
+        prepare(model, setting)
+        ids = micro_batches(setting, dist.get_rank())[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            logits = model(ids, use_cache=False).logits
+            next_token_loss(logits.float(), ids).backward()
+        outcomes.append((logits.detach(), gradients(model)))
+    assert_equal_bits(outcomes[1][0], outcomes[0][0])
+    assert_equal_bits(outcomes[1][1], outcomes[0][1])
+    one = prepare_one(setting, kind)
+    mine = one(torch.cat([micro_batches(setting, rank)[0] for rank in range(2)]), kind)[2 * dist.get_rank() :][:2]
+    # 2 ** -8 relative rounding per operation, a dozen operations deep: a wrong row would be off by 1.
+    assert_close(outcomes[0][0].float(), mine.float(), rel_norm=0.05)
+
+
+def prepare_one(setting: Setting, kind: str) -> Any:
+    model = base_model(setting)
+    if kind == "bf16":
+        model.to(torch.bfloat16)
+    prepare(model, setting)
+
+    def logits(ids: torch.Tensor, kind: str) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            return model(ids, use_cache=False).logits
+
+    return logits
+
+
+@pytest.mark.parametrize("routing", ["free", "idle_rank"])
+@pytest.mark.parametrize("kind", ["bf16", "autocast"])
+def test_low_precision(kind: str, routing: str, rank_pool: "RankPool") -> None:
+    """A rank that gets no token must send the dtype that the others send."""
+    rank_pool.run(low_precision, 2, kind, routing)
+
+
+def evaluation_agrees(chunks: int) -> None:
+    setting = Setting(world=2, ep=2, family="qwen3_moe")
+    model = parallelize(base_model(setting), build_mesh(2), chunks=chunks).eval()
+    one = base_model(setting).eval()
+    ids = token_ids(1 + dist.get_rank(), 5 + dist.get_rank(), seed=dist.get_rank())
+    with torch.no_grad():
+        assert_close(model(ids).logits, one(ids).logits, **LOGITS)
+        states = model(ids, output_hidden_states=True).hidden_states
+        for ours, theirs in zip(states, one(ids, output_hidden_states=True).hidden_states, strict=True):
+            assert_close(ours, theirs, **LOGITS)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model.generate(ids, **options), one.generate(ids, **options))
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_evaluation_with_batches_of_different_shapes(chunks: int, rank_pool: "RankPool") -> None:
+    """Generation feeds one token per sequence: with three chunks there are more chunks than tokens."""
+    rank_pool.run(evaluation_agrees, 2, chunks)
+
+
+def whole_state_comes_back(path: str) -> None:
+    import farskip
+
+    setting = Setting(world=2, ep=2)
+    whole = base_model(setting)
+    model = parallelize(copy.deepcopy(whole), build_mesh(2))
+    assert_equal_bits(full_state_dict(model), dict(whole.state_dict()))
+    farskip.save(model, path)
+    loaded = farskip.load(path)
+    assert wiring_of(loaded) == wiring_of(whole)
+    assert_equal_bits(dict(loaded.state_dict()), dict(whole.state_dict()))
+    spread = farskip.load(path, mesh=build_mesh(2))
+    assert_equal_bits(dict(spread.state_dict()), dict(model.state_dict()))
+    ids = token_ids(2, 5)
+    assert_equal_bits(spread.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_parallel_model_is_saved_whole_and_loaded_in_slices(rank_pool: "RankPool", tmp_path: Any) -> None:
+    rank_pool.run(whole_state_comes_back, 2, str(tmp_path / "model"))
+
+
+def rewired_afterwards() -> None:
+    setting = Setting(world=2, ep=2)
+    mesh, ids = build_mesh(2), token_ids(2, 5, seed=dist.get_rank())
+    late = rewire(parallelize(base_model(replace(setting, wiring="ordinary")), mesh), "farskip")
+    early = parallelize(base_model(setting), mesh)
+    assert_equal_bits(late(ids).logits, early(ids).logits)
+
+
+def test_a_parallel_model_can_be_rewired(rank_pool: "RankPool") -> None:
+    rank_pool.run(rewired_afterwards, 2)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refusals() -> dict[str, str]:
+    """What each mistake says; all ranks make it."""
+    said = {}
+
+    def attempt(name: str, call: Any) -> None:
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            said[name] = str(error)
+
+    mesh = build_mesh(dist.get_world_size())
+    attempt("world", lambda: build_mesh(2))
+    model = base_model(Setting())
+    before = {name: parameter.shape for name, parameter in model.named_parameters()}
+    attempt("experts", lambda: parallelize(model, mesh))
+    attempt("mode", lambda: parallelize(base_model(Setting()), build_mesh(1), "overlaped"))
+    attempt("family", lambda: parallelize(torch.nn.Linear(2, 2), mesh))
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == before
+    spread = parallelize(base_model(Setting()), build_mesh(1))
+    attempt("twice", lambda: parallelize(spread, build_mesh(1)))
+    different = rewire(tiny_model("deepseek_v3"), "farskip" if dist.get_rank() == 0 else "ladder")
+    attempt("wiring", lambda: parallelize(different, build_mesh(1)))
+    return said
+
+
+def test_mistakes_are_refused_on_every_rank(rank_pool: "RankPool") -> None:
+    for rank, said in enumerate(rank_pool.run(refusals, 3)):
+        assert "ep=2 does not divide 3 ranks: choose a divisor of 3" in said["world"]
+        assert "expert parallelism of 3 does not divide 8 experts" in said["experts"]
+        assert "'overlaped' is unknown; use overlapped" in said["mode"]
+        assert "'Linear' is not supported" in said["family"]
+        assert "parallel already" in said["twice"]
+        assert "wiring" in said.get("wiring", "nothing"), f"rank {rank} did not hear of it: {said}"
+        assert not any("\n" in text for text in said.values())

@@ -1,0 +1,47 @@
+"""Dispatch of a family that weighs its experts' inputs: the weight meets the row before it leaves, once."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from farskip.parallel.dispatcher import AllToAllDispatcher
+from farskip.parallel.testing_links import FakeLink
+from farskip.stage import Routing, WeightOn
+
+TOKENS, EXPERTS, WIDTH = 7, 4, 3
+
+
+def routing() -> Routing:
+    weights_TK = torch.rand(TOKENS, 2, dtype=torch.float64).requires_grad_()
+    experts_TK = torch.rand(TOKENS, EXPERTS).argsort(1)[:, :2]
+    return Routing(logits_TE=torch.zeros(TOKENS, EXPERTS), weights_TK=weights_TK, experts_TK=experts_TK)
+
+
+def expert(rows_RD: torch.Tensor, expert_R: torch.Tensor) -> torch.Tensor:
+    """Not linear, so that a weight on the input is not one on the output."""
+    return torch.sin(rows_RD * (expert_R + 1).unsqueeze(1))
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("weight_on", WeightOn)
+def test_values_and_gradients(weight_on: WeightOn, chunks: int) -> None:
+    torch.manual_seed(0)
+    dispatcher = AllToAllDispatcher(FakeLink(), EXPERTS, chunks)
+    tokens_TD = torch.randn(TOKENS, WIDTH, dtype=torch.float64).requires_grad_()
+    route, upstream = replace(routing(), weight_on=weight_on), torch.randn(TOKENS, WIDTH, dtype=torch.float64)
+    prepared = dispatcher.prepare(tokens_TD.unsqueeze(0), route)
+    rows = [expert(rows, plan.expert_R) for rows, plan in prepared]
+    ours = dispatcher.merge(rows, route, [plan for _, plan in prepared])
+    expected = torch.zeros_like(tokens_TD)
+    for choice in range(2):
+        weight_T1, expert_T = route.weights_TK[:, choice : choice + 1], route.experts_TK[:, choice]
+        if weight_on is WeightOn.INPUT:
+            expected = expected + expert(tokens_TD * weight_T1, expert_T)
+        else:
+            expected = expected + expert(tokens_TD, expert_T) * weight_T1
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    inputs = (tokens_TD, route.weights_TK)
+    theirs = torch.autograd.grad(expected, inputs, upstream, retain_graph=True)
+    for mine, reference in zip(torch.autograd.grad(ours, inputs, upstream), theirs, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
