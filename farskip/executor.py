@@ -105,7 +105,7 @@ class Executor:
             self._schedules[key] = choose_schedule(self.graph, self.mode, segments=key, times=self.times)
         return self._schedules[key]
 
-    def choose(self, mode: str, times: StageTimes | None) -> None:
+    def reschedule(self, mode: str, times: StageTimes | None) -> None:
         """Choose schedules anew from here on, for example after the stage times were measured."""
         self.mode, self.times = mode, times
         self._schedules = {}
@@ -187,7 +187,7 @@ class _SegmentRun:
         self._rows: dict[Key, torch.Tensor] = {}
         self._in_flight: dict[Key, InFlight] = {}
         self._backward_ended: Ended | None = None
-        self._run: Mapping[str, Callable[[Key], None]] = {
+        self._stages: Mapping[str, Callable[[Key], None]] = {
             ATTENTION_IN: self._attention,
             MLP: self._mlp,
             ROUTE: self._route,
@@ -212,7 +212,7 @@ class _SegmentRun:
             elif step.do is Do.WAIT:
                 self._wait(step.key)
             else:
-                self._run[step.key.stage](step.key)
+                self._stages[step.key.stage](step.key)
 
     # collectives
 

@@ -100,6 +100,7 @@ class StepTracer:
         folder: gets ``rank<r>_step<n>.json.gz``.
         steps: optimizer steps to trace, counted from 1.
         rank: this rank.
+        first_step: the step that comes first; a resumed run starts later than at 1.
         on_trace: called with each finished trace file.
     """
 
@@ -110,6 +111,7 @@ class StepTracer:
         steps: Sequence[int],
         *,
         rank: int,
+        first_step: int = 1,
         on_trace: Callable[[Path], None] | None = None,
     ) -> None:
         if any(step < 1 for step in steps):
@@ -118,11 +120,12 @@ class StepTracer:
         self._folder = folder
         self._steps = frozenset(steps)
         self._rank = rank
+        self._first_step = first_step
         self._on_trace = on_trace
         self._session: TraceSession | None = None
 
     def __enter__(self) -> "StepTracer":
-        self._begin(1)
+        self._begin(self._first_step)
         return self
 
     def __call__(self, report: StepReport) -> None:

@@ -7,12 +7,13 @@ prints no share where the damage is within its own noise.
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farskip.evaluation import Evaluation, damage_closed, paired_difference
+from farskip.evaluation import DAMAGE_NOISE_FACTOR, NORMAL_95, Evaluation, damage_closed, paired_difference
 from farskip.metrics import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -130,6 +131,11 @@ def damage_sentence(measured: Sequence[Measured]) -> str:
     original, rewired, repaired = (model.evaluation for model in measured)
     damage, damage_ci95 = paired_difference(original, rewired)
     share = damage_closed(original, rewired, repaired)
+    if share is None and damage < -damage_ci95 * DAMAGE_NOISE_FACTOR / NORMAL_95:
+        return (
+            f"Rewiring changed the held-out loss by {damage:+.4f} ± {damage_ci95:.4f} nats per token (paired): there "
+            "is no damage of which a share could be closed."
+        )
     if share is None:
         return (
             f"Rewiring changed the held-out loss by {damage:+.4f} ± {damage_ci95:.4f} nats per token (paired), which "
@@ -201,7 +207,9 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _fence(text: str) -> str:
-    return f"```text\n{text}\n```"
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def _figure(width: float, height: float) -> "tuple[Figure, Axes]":

@@ -186,6 +186,16 @@ class ShowConfig:
     timed_steps: int = 4
     """Steps timed per schedule over the emulated link, serial and overlapped in turn; one more of each is traced."""
 
+    def check(self) -> None:
+        """Refuse values that leave nothing to show.
+
+        Raises:
+            ValueError: one line with the key, its value and the bound.
+        """
+        for key in ("heldout_batches", "new_tokens", "timed_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"show.{key}={getattr(self, key)} is too small; use at least 1")
+
 
 def _demo_pretrain() -> TrainingConfig:
     return TrainingConfig(

@@ -55,6 +55,7 @@ def _start(config: DemoConfig) -> bool:
         config.data.path = sysconfig.get_path("stdlib")
     config.data.check()
     config.parallel.check()
+    config.show.check()
     for training in (config.pretrain, config.distill):
         training.check()
     report = folder / "report.md"

@@ -89,6 +89,7 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
     if wiring_of(student) == wiring_of(original):
         raise ValueError(f"wiring: {config.model.path} is wired as {wiring_of(original)} already: nothing to repair")
     tokenizer, data = job.build_text(config.data, ranks)
+    _check_vocabulary(tokenizer, student, config.data.tokenizer)
     mesh = job.build_job_mesh(config.parallel, ranks)
     teacher = job.prepare(original, config.parallel, config.balance, ranks, mesh, frozen=True)
     prepared = job.prepare(student, config.parallel, config.balance, ranks, mesh)
@@ -126,6 +127,16 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
     outcome = (*before, measured("repaired", prepared, teacher))
     job.export(prepared, tokenizer, folder / "model", ranks)
     return Conversion(measured=outcome, wiring=str(wiring_of(student)))
+
+
+def _check_vocabulary(tokenizer: Any, model: Any, path: str | None) -> None:
+    """A token without embedding would end in an index error somewhere in the text, on CUDA without a message."""
+    highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if highest >= rows:
+        raise ValueError(
+            f"data.tokenizer={path} has token ids up to {highest}, but the model has {rows} embeddings: "
+            "give the tokenizer of the model"
+        )
 
 
 def _heldout_prompt(tokenizer: Any, data: Any) -> str:

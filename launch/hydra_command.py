@@ -62,7 +62,8 @@ def run_hydra(
     _refuse_shared_folder(configs)
     for number, (overrides, config) in enumerate(zip(combinations, configs, strict=True), start=1):
         if words.multirun:
-            announce(f"== {number} of {len(configs)}: {' '.join(word.lstrip('+') for word in overrides)}")
+            swept = [word.lstrip("+") for word in overrides if any(word not in other for other in combinations)]
+            announce(f"== {number} of {len(configs)}: {' '.join(swept)}")
         if not job(config):
             break
     return 0
@@ -291,15 +292,16 @@ def _composed(compose: Compose, known: _KnownKeys, overrides: Sequence[str]) -> 
 
 
 def _refuse_shared_folder(configs: Sequence[Any]) -> None:
+    """Two runs of a multirun must not write to one place: the run folder, or the result file of a benchmark."""
     seen = set()
     for config in configs:
-        folder = config.run.folder
-        if folder in seen:
+        key, place = ("run.folder", config.run.folder) if hasattr(config, "run") else ("out", config.out)
+        if place and place in seen:
+            example = "'run.folder=runs/${wiring.name}'" if key == "run.folder" else "'out=${link}.json'"
             raise ValueError(
-                f"--multirun: two combinations write to run.folder={folder}; name it by what differs, "
-                "e.g. 'run.folder=runs/${wiring.name}'"
+                f"--multirun: two combinations write to {key}={place}; name it by what differs, e.g. {example}"
             )
-        seen.add(folder)
+        seen.add(place)
 
 
 def _yaml(config: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from farskip.checkpoint import CheckpointStore, latest_checkpoint
+from farskip.checkpoint import CheckpointStore, latest_checkpoint, read_manifest
 from farskip.data import TextData, build_data, build_tokenizer
 from farskip.data_config import DataConfig
 from farskip.evaluation import Evaluation, evaluate
@@ -161,7 +161,10 @@ def run_training(
     attachment = attachment_of(prepared.model)
     assert attachment is not None
     newest = latest_checkpoint(folder / CHECKPOINTS) if resume else None
-    with StepTracer(attachment.executor, folder / "traces", trace_steps, rank=ranks.rank) as tracer:
+    first_step = 1 if newest is None else read_manifest(newest).step + 1
+    with StepTracer(
+        attachment.executor, folder / "traces", trace_steps, rank=ranks.rank, first_step=first_step
+    ) as tracer:
         try:
             result = train(
                 objective,

@@ -202,6 +202,8 @@ def _host(
             MASTER_PORT=_PORT,  # nobody else is in the namespace
             GLOO_SOCKET_IFNAME=_DEVICE,
         )
+        # torch warns on every connection that these hosts have no names
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         with torchrun_ranks(run) as ranks:
             job(ranks, config)
     except (ValueError, RuntimeError, OSError) as error:

@@ -5,6 +5,7 @@ The only place that reads torchrun's environment and starts and ends process gro
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -19,7 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from farskip.launch.config import RunConfig
+from farskip.launch.main import USER_MISTAKE
 from farskip.launch.quiet import quiet_libraries
+
+PEER_GONE = "no answer from"
+"""How `farskip.shutdown.peer_errors` begins what a rank says that only lost another one."""
+
+_ERROR, _LOST_PEER = "error", "lost_peer"
 
 _GRACE_S = 30.0
 """How long the other ranks may take to end by themselves after one has failed."""
@@ -50,8 +57,16 @@ def torchrun_ranks(run: RunConfig) -> Iterator[Ranks]:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    with quiet_libraries(), _process_group(run, rank, world_size, local_rank, local_size, "env://") as ranks:
-        yield ranks
+    from farskip.trainer import NonFiniteError
+
+    try:
+        with quiet_libraries(), _process_group(run, rank, world_size, local_rank, local_size, "env://") as ranks:
+            yield ranks
+    except NonFiniteError:
+        # All ranks say the same: rank 0 is enough.
+        if rank != 0:
+            sys.exit(USER_MISTAKE)
+        raise
 
 
 def print_on_first_rank(line: str) -> None:
@@ -77,18 +92,28 @@ def _process_group(
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+    timeout = timedelta(seconds=run.timeout_s)
+    shared_store, rank, world_size = next(dist.rendezvous(init_method, rank, world_size, timeout=timeout))
+    # The runs of a multirun share one store: without a prefix a rank could read the address of the run before.
+    store = dist.PrefixStore(f"farskip:{run.folder}", shared_store)
     dist.init_process_group(
-        "nccl" if device.startswith("cuda") else "gloo",
-        init_method=init_method,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=run.timeout_s),
+        "nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
     )
     try:
         yield Ranks(rank=rank, world_size=world_size, device=device)
+        _leave_together(store, rank, world_size)
     finally:
         # Without this the process can abort at exit.
         dist.destroy_process_group()
+
+
+def _leave_together(store: Any, rank: int, world_size: int) -> None:
+    """No rank closes its connections while another one still reads from them, nor the store while it is asked."""
+    store.set(f"done {rank}", "")
+    store.wait([f"done {other}" for other in range(world_size)])
+    store.set(f"left {rank}", "")
+    if rank == 0:
+        store.wait([f"left {other}" for other in range(world_size)])
 
 
 def _device(name: str, local_rank: int) -> str:
@@ -121,56 +146,73 @@ def run_on_local_ranks(job: Callable[[Ranks, Any], None], config: Any, run: RunC
         raise ValueError(f"ranks={world_size} is too small; use at least 1")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="farskip-") as folder:
-        store = str(Path(folder) / "store")
         processes = [
-            context.Process(target=_local_rank, args=(job, config, run, rank, world_size, store), name=f"rank {rank}")
+            context.Process(target=_local_rank, args=(job, config, run, rank, world_size, folder), name=f"rank {rank}")
             for rank in range(world_size)
         ]
         with _signals_passed_on(processes) as asked_to_stop:
             for process in processes:
                 process.start()
-            _wait_for(processes, asked_to_stop)
+            _wait_for(processes, folder, asked_to_stop)
 
 
 def _local_rank(
-    job: Callable[[Ranks, Any], None], config: Any, run: RunConfig, rank: int, world_size: int, store: str
+    job: Callable[[Ranks, Any], None], config: Any, run: RunConfig, rank: int, world_size: int, folder: str
 ) -> None:
     from farskip.launch.main import one_line
+    from farskip.shutdown import is_peer_error
 
     # The parent passes on what the user means; a terminal would send Ctrl-C to every process at once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with (
             quiet_libraries(),
-            _process_group(run, rank, world_size, rank, world_size, f"file://{store}") as ranks,
+            _process_group(run, rank, world_size, rank, world_size, f"file://{Path(folder) / 'store'}") as ranks,
         ):
             job(ranks, config)
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("FARSKIP_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"rank {rank}: {one_line(error)}", file=sys.stderr, flush=True)
+        # A rank that only lost another one has nothing to tell that the other one does not tell better.
+        kind = _LOST_PEER if PEER_GONE in str(error) or is_peer_error(error) else _ERROR
+        (Path(folder) / f"{kind}_{rank}").write_text(one_line(error))
         sys.exit(1)
 
 
-def _wait_for(processes: Sequence[BaseProcess], asked_to_stop: Callable[[], bool]) -> None:
-    running = list(processes)
-    failed: BaseProcess | None = None
+def _wait_for(processes: Sequence[BaseProcess], folder: str, asked_to_stop: Callable[[], bool]) -> None:
+    running = list(enumerate(processes))
+    failed: list[tuple[int, int]] = []
     deadline = float("inf")
     while running and time.monotonic() < deadline:
-        wait_for_any([process.sentinel for process in running], timeout=min(1.0, deadline - time.monotonic()))
-        for process in [process for process in running if process.exitcode is not None]:
-            running.remove(process)
-            if process.exitcode and failed is None:
-                failed, deadline = process, time.monotonic() + _GRACE_S
-    for process in running:
+        wait_for_any([process.sentinel for _, process in running], timeout=min(1.0, deadline - time.monotonic()))
+        for rank, process in [pair for pair in running if pair[1].exitcode is not None]:
+            running.remove((rank, process))
+            if process.exitcode:
+                failed.append((rank, process.exitcode))
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+    for _, process in running:
         process.kill()
         process.join()
-    if failed is not None:
-        code = failed.exitcode or 0
-        if asked_to_stop() and code == -signal.SIGTERM:
-            raise RuntimeError("stopped outside of a training step, where there is nothing to save")
-        how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        raise RuntimeError(f"{failed.name} of {len(processes)} {how}; its message stands above")
+    if failed and asked_to_stop() and all(code == -signal.SIGTERM for _, code in failed):
+        raise RuntimeError("stopped outside of a training step, where there is nothing to save")
+    if failed:
+        raise RuntimeError(_first_failure(failed, folder, len(processes)))
+
+
+def _first_failure(failed: Sequence[tuple[int, int]], folder: str, world_size: int) -> str:
+    """One line for the rank that the others failed because of: killed before one that only missed its peer."""
+
+    def message_of(rank: int, kind: str) -> str:
+        file = Path(folder) / f"{kind}_{rank}"
+        return file.read_text() if file.exists() else ""
+
+    rank, code = min(failed, key=lambda pair: (pair[1] > 0, bool(message_of(pair[0], _LOST_PEER))))
+    if code < 0:
+        return f"rank {rank} of {world_size} was ended by signal {signal.Signals(-code).name}; the others were stopped"
+    message = message_of(rank, _ERROR) or message_of(rank, _LOST_PEER)
+    if not message:
+        return f"rank {rank} of {world_size} ended with exit code {code}; what it said stands above"
+    return message if re.match(r"rank \d", message) else f"rank {rank}: {message}"
 
 
 @contextmanager

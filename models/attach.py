@@ -13,6 +13,7 @@ that are called in another order or number, or outside the model.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -148,9 +149,7 @@ def layers_of(model: Any) -> Any:
     return backbone_of(model).layers
 
 
-_SHIMMED: dict[type, type] = {}
-
-
+@cache
 def _shimmed_class(layer_class: type) -> type:
     """A subclass of a decoder layer class whose forward asks the attachment. One per class, so that types compare."""
 
@@ -158,12 +157,10 @@ def _shimmed_class(layer_class: type) -> type:
         attachment, index = getattr(self, _SHIM)
         return attachment.call_layer(index, self, hidden_states, kwargs)
 
-    if layer_class not in _SHIMMED:
-        shimmed = type(f"FarSkip{layer_class.__name__}", (layer_class,), {})
-        # Set afterwards: transformers wraps the forward of a new subclass in its own, per-layer checkpointing.
-        shimmed.forward = forward  # type: ignore[attr-defined]
-        _SHIMMED[layer_class] = shimmed
-    return _SHIMMED[layer_class]
+    shimmed = type(f"FarSkip{layer_class.__name__}", (layer_class,), {})
+    # Set afterwards: transformers wraps the forward of a new subclass in its own, per-layer checkpointing.
+    shimmed.forward = forward  # type: ignore[attr-defined]
+    return shimmed
 
 
 def _is_hooked(layer: nn.Module) -> bool:

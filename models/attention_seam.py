@@ -22,7 +22,7 @@ _AFTER_CORE = "_farskip_after_core"
 
 
 AfterCore = Callable[[torch.Tensor], torch.Tensor]
-"""Called by an attention with its core's output [B, S, heads, head_dim]; its output projection reads what comes back."""
+"""Called by an attention with its core's output [B, S, heads, head_dim]; its output projection reads the result."""
 
 
 @contextmanager
@@ -89,6 +89,10 @@ def original_implementation(model: Any) -> str:
 def _seamed(name: str) -> Callable[..., Any]:
     from transformers.modeling_utils import AttentionInterface
 
+    # A compiled attention breaks its graph here: traced into it, routers and collectives would end up in one graph with
+    # the projections, and in one backward node.
+    outside_graphs = torch.compiler.disable(_call, reason="farskip runs other stages in the seam")
+
     def attention(
         module: nn.Module,
         query: torch.Tensor,
@@ -99,13 +103,17 @@ def _seamed(name: str) -> Callable[..., Any]:
     ) -> Any:
         seam = getattr(module, _SEAM, None)
         if seam is not None:
-            query, key, value = seam(query, key, value)
+            query, key, value = outside_graphs(seam, query, key, value)
         core = AttentionInterface().get_interface(name, _eager_of(module))
         output_BSHV, weights = core(module, query, key, value, attention_mask, **arguments)
         after_core = getattr(module, _AFTER_CORE, None)
         return (output_BSHV if after_core is None else after_core(output_BSHV)), weights
 
     return attention
+
+
+def _call(seam: Seam, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return seam(*tensors)
 
 
 def _eager_of(module: nn.Module) -> Any:

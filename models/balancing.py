@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from farskip.balance import RouterBalance, SumOverRanks, selection_biases
+from farskip.balance import RouterBalance, SumOverRanks
 from farskip.models.attach import attachment_of, layers_of
 from farskip.models.family import family_of_model
 
@@ -29,15 +29,16 @@ def balance_model(
     family, attachment = family_of_model(model), attachment_of(model)
     assert attachment is not None, "balance_model comes after rewire or parallelize"
     blocks = [family.sub_blocks(layer) for layer in layers_of(model)]
-    gates = [block.gate if block.experts is not None else None for block in blocks]
-    num_experts = max((int(gate.num_experts) for gate in gates if gate is not None), default=0)
+    routed = {layer: block for layer, block in enumerate(blocks) if block.experts is not None}
+    biases = {layer: block.selection_bias for layer, block in routed.items()}
+    num_experts = max((int(block.gate.num_experts) for block in routed.values()), default=0)
     if not num_experts:
         raise ValueError("balance: the model has no routed experts; set balance.aux_coefficient and bias_rate to 0")
     balance = RouterBalance(
         num_experts=num_experts,
         aux_coefficient=aux_coefficient,
         bias_rate=bias_rate,
-        biases=selection_biases(gates),
+        biases={layer: bias for layer, bias in biases.items() if bias is not None},
         score=family.score,
         sum_over_ranks=sum_over_ranks,
     )

@@ -18,7 +18,13 @@ from farskip.wiring import Wiring
 
 
 class WiringKeys(Protocol):
-    """How the config.json of a family that is born rewired says its wiring, in keys of its own."""
+    """How the config.json of a family that is born rewired says its wiring, in keys of its own.
+
+    Attributes:
+        names: the keys.
+    """
+
+    names: tuple[str, ...]
 
     def read(self, config: dict[str, Any]) -> Wiring:
         """The wiring that a checkpoint's config asks for.
@@ -79,7 +85,12 @@ def families() -> tuple[Family, ...]:
     from farskip.models import (
         hf_deepseek_v2,
         hf_deepseek_v3,
+        hf_ernie4_5_moe,
+        hf_glm4_moe,
+        hf_gpt_oss,
+        hf_instella_moe,
         hf_llama,
+        hf_llama4,
         hf_mixtral,
         hf_olmoe,
         hf_qwen2_moe,
@@ -90,7 +101,12 @@ def families() -> tuple[Family, ...]:
     return (
         hf_deepseek_v2.FAMILY,
         hf_deepseek_v3.FAMILY,
+        hf_ernie4_5_moe.FAMILY,
+        hf_glm4_moe.FAMILY,
+        hf_gpt_oss.FAMILY,
+        hf_instella_moe.FAMILY,
         hf_llama.FAMILY,
+        hf_llama4.FAMILY,
         hf_mixtral.FAMILY,
         hf_olmoe.FAMILY,
         hf_qwen2_moe.FAMILY,

@@ -8,16 +8,16 @@ import torch
 from farskip.models.family import Family, families
 
 
-def family_of_type(model_type: str) -> Family:
-    """The family with this transformers model_type.
+def family_of_type(name: str) -> Family:
+    """The family with this name, which is its transformers model_type unless another family has that.
 
     Raises:
         ValueError: no such family.
     """
-    known = {family.model_type: family for family in families()}
-    if model_type not in known:
-        raise ValueError(f"model.family={model_type!r} is not supported; use one of {', '.join(known)}")
-    return known[model_type]
+    known = {family.name: family for family in families()}
+    if name not in known:
+        raise ValueError(f"model.family={name!r} is not supported; use one of {', '.join(known)}")
+    return known[name]
 
 
 def build_model(
@@ -42,16 +42,16 @@ def build_model(
     default = transformers.AutoConfig.for_model(family.model_type)
     unknown = sorted(key for key in settings if not hasattr(default, key) and key not in family.undeclared_config_keys)
     if unknown:
-        raise ValueError(f"model.config has keys that {family.model_type} does not know: {', '.join(unknown)}")
+        raise ValueError(f"model.config has keys that {family.name} does not know: {', '.join(unknown)}")
     own = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": end_of_document_id, "pad_token_id": None}
     try:
         config = transformers.AutoConfig.for_model(family.model_type, **{**own, **settings})
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"model.config does not make a {family.model_type}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"model.config does not make a {family.name}: {' '.join(str(error).split())}") from error
     _check_sizes(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return getattr(transformers, family.architecture)(config)
+        return family.model_class()(config)
 
 
 def _check_sizes(config: Any) -> None:
@@ -61,7 +61,10 @@ def _check_sizes(config: Any) -> None:
         raise ValueError(
             f"model.config.num_attention_heads={heads} is no multiple of num_key_value_heads={shared_heads}: change one"
         )
-    experts, chosen = config.num_local_experts, config.num_experts_per_tok
+    experts = next((getattr(config, key) for key in ("num_local_experts", "num_experts") if hasattr(config, key)), None)
+    if experts is None:
+        return  # a dense family
+    chosen = config.num_experts_per_tok
     if not 1 <= chosen <= experts:
         raise ValueError(
             f"model.config.num_experts_per_tok={chosen} must be at least 1 and at most the number of experts, {experts}"

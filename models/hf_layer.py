@@ -60,6 +60,11 @@ class HFSubBlocks:
         """The router."""
         return getattr(self.mlp_module, self.GATE)
 
+    @property
+    def selection_bias(self) -> torch.Tensor | None:
+        """The bias [E] that the router chooses by and does not weigh with; None if it has none."""
+        return getattr(self.gate, "e_score_correction_bias", None)
+
     def attention_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
         """See `SubBlocks.attention_norm`."""
         return self.layer.input_layernorm(stream_BSD)

@@ -7,7 +7,7 @@ from torch import nn
 
 from farskip.batch import Batch
 from farskip.models.attention_seam import original_implementation
-from farskip.models.family import backbone_of
+from farskip.models.family import backbone_of, family_of_model
 
 
 class HFLanguageModel:
@@ -27,8 +27,15 @@ class HFLanguageModel:
         Raises:
             ValueError: flash attention with a packed batch of more than one sequence.
         """
-        backbone = backbone_of(self._model)
+        backbone: Any = backbone_of(self._model)
         self._refuse_crossing(batch)
+        packed_masks = family_of_model(self._model).packed_masks
+        if packed_masks is not None:
+            embedded_BSD = backbone.embed_tokens(batch.input_ids_BS)
+            masks = packed_masks(self._model.config, embedded_BSD, batch.position_ids_BS)
+            return backbone(
+                inputs_embeds=embedded_BSD, attention_mask=masks, position_ids=batch.position_ids_BS, use_cache=False
+            ).last_hidden_state
         return backbone(
             input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False
         ).last_hidden_state

@@ -92,7 +92,7 @@ def tune_schedule(model: Any, step: Callable[[], None], num_steps: int = 2) -> S
     executor, timer = attachment.executor, StageTimer()
     mode, hook = executor.mode, executor.routing_hook
     executor.routing_hook = None  # the warm-up's tokens are not the training's
-    executor.choose("serial", None)
+    executor.reschedule("serial", None)
     step()
     executor.observers.append(timer)
     try:
@@ -102,7 +102,7 @@ def tune_schedule(model: Any, step: Callable[[], None], num_steps: int = 2) -> S
         executor.observers.remove(timer)
         executor.routing_hook = hook
     times: StageTimes = _agree(timer.times())
-    executor.choose(mode, times)
+    executor.reschedule(mode, times)
     return times
 
 

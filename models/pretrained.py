@@ -6,8 +6,9 @@ A rewired checkpoint has transformers' tensors and names, and in its config.json
     "farskip": {"base_model_type": "<family>",  computing the ordinary function
                 "wiring": {...}}              see `Wiring.to_dict`
 
-A checkpoint of an ordinary model is left a plain transformers checkpoint. Which family a checkpoint is of is decided by
-``architectures``: a ``model_type`` can claim what it likes.
+A checkpoint of an ordinary model is left a plain transformers checkpoint. A family that is born rewired has keys of its
+own for its wiring (`farskip.models.family.WiringKeys`): they are read, and written where they can say the wiring. Which
+family a checkpoint is of is decided by ``architectures``: a ``model_type`` can claim what it likes.
 """
 
 import json
@@ -61,18 +62,10 @@ def load(
     folder = Path(path)
     config_dict = _read_config(folder)
     family = _family_of(folder, config_dict)
-    recorded = config_dict.pop(_KEY, None)
-    if recorded is not None:
-        if not isinstance(recorded, dict) or set(recorded) != {"base_model_type", "wiring"}:
-            raise ValueError(
-                f"load {folder}: config.json has {_KEY}={recorded!r}, which records no wiring; write base_model_type and "
-                "wiring there, or copy the file again"
-            )
-        config_dict["model_type"] = recorded["base_model_type"]
+    recorded = _recorded_wiring(folder, family, config_dict)
+    config_dict.pop("auto_map", None)  # names files of remote code, which is not run here and not written by `save`
     model = _load_transformers(folder, family, config_dict, dtype).to(device)
-    chosen = wiring
-    if chosen is None and recorded is not None:
-        chosen = Wiring.from_dict(recorded["wiring"])
+    chosen = recorded if wiring is None else wiring
     if chosen is None and layers is not None:
         raise ValueError(f"load {folder}: layers={layers!r} needs wiring=, the checkpoint itself is ordinary")
     if chosen is not None:
@@ -110,9 +103,7 @@ def _write(model: Any, state: dict[str, torch.Tensor], family: Family, wiring: W
     try:
         model.save_pretrained(fresh, state_dict=state)
         config = json.loads((fresh / "config.json").read_text())
-        if wiring.name != "ordinary":
-            config[_KEY] = {"base_model_type": family.model_type, "wiring": wiring.to_dict()}
-            config["model_type"] = _PREFIX + family.model_type
+        if _record_wiring(config, family, wiring):
             (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if folder.exists():
             replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
@@ -128,6 +119,43 @@ def _write(model: Any, state: dict[str, torch.Tensor], family: Family, wiring: W
     finally:
         if fresh.exists():
             shutil.rmtree(fresh)
+
+
+def _recorded_wiring(folder: Path, family: Family, config: dict[str, Any]) -> Wiring | None:
+    """The wiring that a checkpoint's config records; None if none. Takes our record out of the config."""
+    recorded = config.get(_KEY)
+    if family.wiring_keys is not None and not isinstance(recorded, dict):
+        try:
+            return family.wiring_keys.read(config)
+        except ValueError as error:
+            raise ValueError(f"load {folder}: config.json: {error}") from None
+    if recorded is None:
+        return None
+    if not isinstance(recorded, dict) or set(recorded) != {"base_model_type", "wiring"}:
+        raise ValueError(
+            f"load {folder}: config.json has {_KEY}={recorded!r}, which records no wiring; write base_model_type and "
+            "wiring there, or copy the file again"
+        )
+    config["model_type"] = config.pop(_KEY)["base_model_type"]
+    return Wiring.from_dict(recorded["wiring"])
+
+
+def _record_wiring(config: dict[str, Any], family: Family, wiring: Wiring) -> bool:
+    """Write the wiring into a config, in the family's own keys where they can say it. Whether anything was changed."""
+    if family.wiring_keys is not None:
+        own = family.wiring_keys.write(wiring)
+        if own is not None and family.wiring_keys.read(config) == wiring:
+            return False
+        for name in family.wiring_keys.names:
+            config.pop(name, None)
+        if own is not None:
+            config.update(own)
+            return True
+    if wiring.name == "ordinary":
+        return False
+    config[_KEY] = {"base_model_type": family.model_type, "wiring": wiring.to_dict()}
+    config["model_type"] = _PREFIX + family.model_type
+    return True
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -166,7 +194,7 @@ def _load_transformers(folder: Path, family: Family, config_dict: dict[str, Any]
         )
     config = transformers.AutoConfig.for_model(**config_dict)
     try:
-        model, info = getattr(transformers, family.architecture).from_pretrained(
+        model, info = family.model_class().from_pretrained(
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,

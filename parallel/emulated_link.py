@@ -49,6 +49,8 @@ class EmulatedLink(ProcessGroupLink):
         input_splits: Sequence[int],
     ) -> Work:
         """See `Link.all_to_all`."""
+        if tensor.is_cuda:
+            raise ValueError("the emulated link paces transfers between CPU ranks; on CUDA use link.kind=real")
         paced = _Paced(super().all_to_all(output, tensor, output_splits, input_splits))
         row_bytes = tensor[:1].nbytes if tensor.shape[0] else output[:1].nbytes
         away = max(

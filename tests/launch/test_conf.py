@@ -15,12 +15,12 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 OF_HYDRA = ("defaults", "hydra")
 """Blocks that Hydra documents."""
 
-PROGRAM = "import sys; from farskip.launch.main import main; sys.exit(main([sys.argv[1], '--help']))"
+PROGRAM = "import sys; from farskip.launch.main import main; sys.exit(main([*sys.argv[1].split('_'), '--help']))"
 
 
 @cache
 def explained(command: str) -> frozenset[str]:
-    """The dotted keys that `farskip COMMAND --help` lists with an explanation below."""
+    """The dotted keys that a command lists with an explanation below; bench_overlap is `farskip bench overlap`."""
     done = subprocess.run([sys.executable, "-P", "-c", PROGRAM, command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return frozenset(re.findall(r"^  ([\w.]+)=.*\n      +\S", done.stdout, flags=re.MULTILINE))
