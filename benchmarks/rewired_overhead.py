@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from farskip.models.fresh import build_model
 from farskip.models.surgery import rewire
 from farskip.report import machine_line

@@ -43,18 +43,19 @@ def profiler_ranges(instruction: Instruction, direction: str) -> Ended:
 
 
 class TraceSession:
-    """Profile a stretch of steps of one executor and write a Kineto trace.
-
-    Use as a context manager around the steps; call `step` after each one, so that the trace shows where steps end.
+    """Profile one step of one executor and write a Kineto trace. A context manager around the step.
 
     Args:
         executor: whose instructions become ranges.
         path: trace file, ``.json`` or ``.json.gz``.
+        step: number of the step, as the trace shows it.
     """
 
-    def __init__(self, executor: Executor, path: Path) -> None:
+    def __init__(self, executor: Executor, path: Path, step: int = 1) -> None:
         self._executor = executor
         self._path = path
+        # the profiler writes this mark itself only under a schedule of its own
+        self._step: Any = torch.autograd.profiler.record_function(f"ProfilerStep#{step}")
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -67,13 +68,11 @@ class TraceSession:
     def __enter__(self) -> "TraceSession":
         self._executor.observers.append(profiler_ranges)
         self._profiler.__enter__()
+        self._step.__enter__()
         return self
 
-    def step(self) -> None:
-        """A training step has ended."""
-        self._profiler.step()
-
     def __exit__(self, *exception: Any) -> None:
+        self._step.__exit__(None, None, None)
         self._profiler.__exit__(*exception)
         self._executor.observers.remove(profiler_ranges)
         if exception[0] is None:
@@ -143,13 +142,12 @@ class StepTracer:
         if step in self._steps:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._path = self._folder / f"rank{self._rank}_step{step}.json.gz"
-            self._session = TraceSession(self._executor, self._path)
+            self._session = TraceSession(self._executor, self._path, step)
             self._session.__enter__()
 
     def _end(self) -> None:
         session, self._session = self._session, None
         if session is not None:
-            session.step()
             session.__exit__(None, None, None)
             if self._on_trace is not None:
                 self._on_trace(self._path)

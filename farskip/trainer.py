@@ -172,7 +172,9 @@ def train(
             sums = _Sums()
             for batch in micro_batches:
                 if balancer is not None:
-                    balancer.set_scale(batch.input_ids_BS.numel() / counts.num_input_tokens)
+                    # all ranks' micro-batches are of one size, and the auxiliary loss is already a sum over ranks
+                    everywhere = communicator.world_size * batch.input_ids_BS.numel()
+                    balancer.set_scale(everywhere / counts.num_input_tokens)
                 with autocast(device, config.precision):
                     loss_sums = objective.loss(batch)
                 (loss_sums.loss / counts.num_loss_tokens).backward()

@@ -77,7 +77,7 @@ class Balancer(Protocol):
     """Load balancing of routers."""
 
     def set_scale(self, scale: float) -> None:
-        """The weight of the coming micro-batch's auxiliary loss: its share of the step's tokens, adding up to 1."""
+        """The weight of the coming micro-batch's auxiliary loss: its share, over all ranks, of the step's tokens."""
         ...
 
     def update(self) -> Mapping[str, float]:

@@ -120,7 +120,8 @@ def demo(ranks: Ranks, config: DemoConfig) -> None:
 
     announce("time and trace a serial and an overlapped step over an emulated link")
     started = time.monotonic()
-    overlaps, same_bits = (), False
+    overlaps: tuple[Overlap, ...] = ()
+    same_bits = False
     if ranks.world_size > 1:
         overlaps, same_bits = show_overlap(ranks, config, repaired / "model", folder / "traces")
     minutes["overlap"] = (time.monotonic() - started) / 60
@@ -165,9 +166,9 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
         latency_us=config.parallel.link.latency_us,
     )
     variants: dict[str, Any] = {}
-    for schedule in (ScheduleMode.serial, ScheduleMode.overlapped):
-        parallel = ParallelConfig(ep=config.parallel.ep, schedule=schedule, link=link)
-        variants[schedule.value] = job.prepare(load(model_path), parallel, config.balance, ranks, mesh)
+    for mode in (ScheduleMode.serial, ScheduleMode.overlapped):
+        parallel = ParallelConfig(ep=config.parallel.ep, schedule=mode, link=link)
+        variants[mode.value] = job.prepare(load(model_path), parallel, config.balance, ranks, mesh)
 
     results: dict[Any, list[torch.Tensor | None]] = {}
 
@@ -194,9 +195,8 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
     for schedule, prepared in variants.items():
         attachment = attachment_of(prepared.model)
         assert attachment is not None
-        with TraceSession(attachment.executor, folder / f"{schedule}_rank{ranks.rank}.json.gz") as session:
+        with TraceSession(attachment.executor, folder / f"{schedule}_rank{ranks.rank}.json.gz"):
             step(prepared)
-            session.step()
         dist.barrier()
     if ranks.rank != 0:
         return (), bool(same_bits)

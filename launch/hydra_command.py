@@ -246,11 +246,11 @@ class _KnownKeys:
         while root.__cause__ is not None:
             root = root.__cause__
         reason = str(root).strip().partition("\n")[0].rstrip(".")
-        key = getattr(root, "full_key", None)
-        if not key:
+        where = getattr(root, "full_key", None)
+        if not where:
             return reason
-        example = f"; the default is {key}={_shown(self.defaults[key])}" if key in self.defaults else ""
-        return f"{key}: {reason}{example}"
+        example = f"; the default is {where}={_shown(self.defaults[where])}" if where in self.defaults else ""
+        return f"{where}: {reason}{example}"
 
 
 def _combinations(overrides: Sequence[str], multirun: bool) -> list[list[str]]:

@@ -34,6 +34,7 @@ from farskip.profiling import StepTracer
 from farskip.schedule import Schedule
 from farskip.shutdown import ShutdownRequest
 from farskip.simulator import StageTimes, explain
+from farskip.trace import inspect
 from farskip.trainer import CHECKPOINTS, StopReason, TrainResult, train
 from farskip.training_config import TrainingConfig
 from farskip.training_protocols import Communicator, Objective, SingleProcess
@@ -186,6 +187,12 @@ def run_training(
     if result.best_checkpoint is not None and result.best_checkpoint != result.last_checkpoint:
         _load_weights(prepared, config, folder, result.best_checkpoint)
     return result
+
+
+def _log_trace(path: Path) -> None:
+    """One line for a traced step, from this rank's own file."""
+    for line in inspect(path).step_lines():
+        print(line, flush=True)
 
 
 def measure(

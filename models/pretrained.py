@@ -11,6 +11,7 @@ own for its wiring (`farskip.models.family.WiringKeys`): they are read, and writ
 family a checkpoint is of is decided by ``architectures``: a ``model_type`` can claim what it likes.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from farskip.wiring import Wiring
 
 _KEY = "farskip"
 _PREFIX = "farskip_"
+_UNDONE_WHEN_LOADED = "mxfp4"
 
 
 def load(
@@ -55,7 +57,9 @@ def load(
         The transformers model, in evaluation mode.
 
     Raises:
-        ValueError: not a checkpoint, unknown family, missing or extra tensors, a damaged file.
+        ValueError: not a checkpoint, unknown family, missing or extra tensors, a damaged file, a quantization that
+            cannot be undone.
+        RuntimeError: undoing a quantization needs accelerate, which is not installed.
 
     Note: with a mesh, every rank reads the whole checkpoint into memory before it keeps its slice.
     """
@@ -64,6 +68,7 @@ def load(
     family = _family_of(folder, config_dict)
     recorded = _recorded_wiring(folder, family, config_dict)
     config_dict.pop("auto_map", None)  # names files of remote code, which is not run here and not written by `save`
+    _ask_for_plain_weights(folder, config_dict)
     model = _load_transformers(folder, family, config_dict, dtype).to(device)
     chosen = recorded if wiring is None else wiring
     if chosen is None and layers is not None:
@@ -140,6 +145,24 @@ def _recorded_wiring(folder: Path, family: Family, config: dict[str, Any]) -> Wi
     return Wiring.from_dict(recorded["wiring"])
 
 
+def _ask_for_plain_weights(folder: Path, config: dict[str, Any]) -> None:
+    """Have transformers undo a quantization as it loads: quantized experts cannot be called by row, nor trained."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != _UNDONE_WHEN_LOADED:
+        raise ValueError(
+            f"load {folder}: the checkpoint is quantized ({method!r}), and only {_UNDONE_WHEN_LOADED} is undone when "
+            "loaded: give a checkpoint in bf16"
+        )
+    if importlib.util.find_spec("accelerate") is None:
+        raise RuntimeError(
+            f"load {folder}: undoing the quantization ({method!r}) needs accelerate; pip install accelerate"
+        )
+    config["quantization_config"] = {**quantization, "dequantize": True}
+
+
 def _record_wiring(config: dict[str, Any], family: Family, wiring: Wiring) -> bool:
     """Write the wiring into a config, in the family's own keys where they can say it. Whether anything was changed."""
     if family.wiring_keys is not None:
@@ -208,6 +231,8 @@ def _load_transformers(folder: Path, family: Family, config_dict: dict[str, Any]
         absent = _absent_experts(folder) if isinstance(error, RuntimeError) else []
         why = f"missing tensors: {', '.join(absent[:3])}" if absent else " ".join(str(error).split())
         raise ValueError(f"load {folder}: {why}; the checkpoint is incomplete or damaged") from error
+    if "quantization_config" in config_dict:
+        model._weight_conversions = None  # of the quantized tensors: `save` would write plain ones under their names
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             names = sorted(str(key) for key in info[kind])

@@ -133,8 +133,9 @@ def _rank_with_balancer(folder: str) -> list[float]:
     return balancer.scales
 
 
-def test_shares_of_all_ranks_add_up_to_one(rank_pool: RankPool, tmp_path: Path) -> None:
-    assert rank_pool.run(_rank_with_balancer, 2, str(tmp_path)) == [[0.25, 0.25]] * 2
+def test_a_micro_batchs_share_is_that_of_all_ranks_together(rank_pool: RankPool, tmp_path: Path) -> None:
+    """The auxiliary loss is a sum over ranks already; a share per rank would divide it by their number once more."""
+    assert rank_pool.run(_rank_with_balancer, 2, str(tmp_path)) == [[0.5, 0.5]] * 2
 
 
 def test_reports_follow_every_step_and_lines_every_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,252 @@
+"""Time variants of one step so that their differences can be believed. Knows no link, no model and no process group.
+
+Decides the order of measurement (interleaved: one repeat of every variant per round, each round starting with another
+one, so that a machine whose speed drifts moves all of them), which repeats count (those whose process did not stand in
+the run queue for more than a share of the step), how repeats are summed up (median and quartiles), and what a variant
+must prove before it is timed at all (`check_parity`).
+
+Legend: T tokens, K experts per token, E experts.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from farskip.executor import RoutingHook
+from farskip.stage import Routing
+
+OUTPUT_TOLERANCE = 5e-5
+"""Largest difference of an output in units of max(1, largest reference): fp32, sums in another order."""
+
+GRADIENT_TOLERANCE = 1e-4
+"""Largest |difference| / |gradient| per parameter: fp32, sums in another order."""
+
+SKEW = 1.5
+"""Under skewed routing the experts of the first rank are this much more likely than the even share."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Repeat:
+    """One timed step.
+
+    Attributes:
+        ms: its duration on the slowest rank.
+        delay_share: time in the run queue over duration, on the rank where that is largest.
+        is_clean: whether it counts: the share is within the limit that the caller has set.
+    """
+
+    ms: float
+    delay_share: float
+    is_clean: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """The clean repeats of one variant."""
+
+    median_ms: float
+    p25_ms: float
+    p75_ms: float
+    clean_repeats: int
+    rejected_repeats: int
+
+
+def summarize(repeats: Sequence[Repeat]) -> Summary | None:
+    """Median and quartiles of the clean repeats; None if there is no clean one."""
+    clean = [repeat.ms for repeat in repeats if repeat.is_clean]
+    if not clean:
+        return None
+    p25, median, p75 = statistics.quantiles(clean, n=4, method="inclusive") if len(clean) > 1 else clean * 3
+    return Summary(
+        median_ms=median,
+        p25_ms=p25,
+        p75_ms=p75,
+        clean_repeats=len(clean),
+        rejected_repeats=len(repeats) - len(clean),
+    )
+
+
+class RunQueue:
+    """How long this process's main thread stood in the run queue, from the kernel's account of it.
+
+    Args:
+        path: where Linux keeps the account: time on a core, time waiting for one (both ns), number of turns.
+    """
+
+    def __init__(self, path: Path = Path("/proc/self/schedstat")) -> None:
+        self._path = path
+        self.is_known = path.exists()
+
+    def waited_ms(self) -> float:
+        """Milliseconds since the process started; 0 where the system keeps no account."""
+        return int(self._path.read_text().split()[1]) / 1e6 if self.is_known else 0.0
+
+
+Timed = Callable[[str], Repeat]
+"""Runs one step of the variant of this name. Its answer is the same on all ranks."""
+
+
+def interleave(
+    names: Sequence[str],
+    timed: Timed,
+    *,
+    clean_repeats: int,
+    max_rounds: int,
+    after_round: Callable[[int, Mapping[str, Sequence[Repeat]]], None] = lambda number, repeats: None,
+) -> dict[str, list[Repeat]]:
+    """Rounds of one repeat per variant, until every variant has enough clean ones.
+
+    Args:
+        names: the variants.
+        timed: runs and times one step of one of them.
+        clean_repeats: how many clean repeats every variant should have.
+        max_rounds: after which to stop all the same.
+        after_round: called with the number of rounds so far and all repeats.
+
+    Returns:
+        All repeats of every variant, clean or not.
+    """
+    repeats: dict[str, list[Repeat]] = {name: [] for name in names}
+    for number in range(max_rounds):
+        start = number % len(names)
+        for name in (*names[start:], *names[:start]):
+            repeats[name].append(timed(name))
+        after_round(number + 1, repeats)
+        if all(sum(repeat.is_clean for repeat in of_one) >= clean_repeats for of_one in repeats.values()):
+            break
+    return repeats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gained:
+    """What a variant gained over the blocking one. None where the question makes no sense.
+
+    Attributes:
+        speedup: blocking over variant.
+        hidden_share: (blocking - variant) / (blocking - no communication).
+        window_share: hidden share over the share that the windows of its schedule allow.
+    """
+
+    speedup: float | None
+    hidden_share: float | None
+    window_share: float | None
+
+
+def gained(
+    ms: float, *, blocking_ms: float | None, free_ms: float | None, allowed_share: float | None = None
+) -> Gained:
+    """Speed-up and shares from medians.
+
+    Args:
+        ms: the variant.
+        blocking_ms: the blocking variant, if it was measured.
+        free_ms: the one without communication, if it was measured.
+        allowed_share: of the communication, how much the windows of the variant's schedule can hide.
+    """
+    if blocking_ms is None:
+        return Gained(speedup=None, hidden_share=None, window_share=None)
+    hidden = None
+    if free_ms is not None and blocking_ms > free_ms:
+        hidden = (blocking_ms - ms) / (blocking_ms - free_ms)
+    window = hidden / allowed_share if hidden is not None and allowed_share else None
+    return Gained(speedup=blocking_ms / ms, hidden_share=hidden, window_share=window)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Computed:
+    """What one step of a variant computed on this rank.
+
+    Attributes:
+        output: hidden states.
+        gradients: by parameter name; empty if only the output is to be compared.
+    """
+
+    output: torch.Tensor
+    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def difference(variant: Computed, reference: Computed, *, exact: bool) -> str:
+    """What makes a variant differ from its reference, in words; empty if nothing does.
+
+    Args:
+        variant: what is checked.
+        reference: what it should be.
+        exact: equal bits of the output and of every gradient; otherwise within the two tolerances of this file, for
+            the gradients of the parameters that both have.
+    """
+    if exact:
+        if variant.gradients.keys() != reference.gradients.keys():
+            return "other parameters have a gradient"
+        if not torch.equal(variant.output, reference.output):
+            return "its output has other bits"
+        for name, gradient in variant.gradients.items():
+            if not torch.equal(gradient, reference.gradients[name]):
+                return f"its gradient of {name} has other bits"
+        return ""
+    limit = OUTPUT_TOLERANCE * max(1.0, float(reference.output.abs().max()))
+    apart = float((variant.output - reference.output).abs().max())
+    if not apart <= limit:  # NaN is no pass
+        return f"its output is {apart:.2g} away, above {limit:.2g}"
+    common = variant.gradients.keys() & reference.gradients.keys()
+    if reference.gradients and not common:
+        return "it has no parameter of its reference"
+    for name in sorted(common):
+        gradient = variant.gradients[name]
+        norm = float(reference.gradients[name].norm())
+        apart = float((gradient - reference.gradients[name]).norm())
+        if not apart <= GRADIENT_TOLERANCE * norm:
+            return f"its gradient of {name} is {apart:.2g} away, its norm is {norm:.2g}"
+    return ""
+
+
+def fixed_experts(
+    kind: str, *, num_tokens: int, top_k: int, num_experts: int, num_ranks: int, layer: int
+) -> torch.Tensor:
+    """Which experts every token goes to, the same in every step and on every rank.
+
+    Args:
+        kind: ``balanced``: every expert equally often; ``skewed``: the first rank's experts `SKEW` times as likely as
+            their even share.
+        num_tokens: T.
+        top_k: K.
+        num_experts: E.
+        num_ranks: over which the experts are spread in order.
+        layer: shifts or reseeds the pattern.
+
+    Returns:
+        int64 [T, K]; the experts of a token differ from each other.
+    """
+    if kind == "balanced":
+        slots = torch.arange(num_tokens * top_k) + layer
+        return (slots % num_experts).view(num_tokens, top_k)
+    if kind != "skewed":
+        raise ValueError(f"routing={kind!r} is unknown; use balanced or skewed")
+    local = num_experts // num_ranks
+    share = min(SKEW / num_ranks, 1.0)
+    odds_E = torch.full((num_experts,), (1.0 - share) / max(num_experts - local, 1))
+    odds_E[:local] = share / local
+    generator = torch.Generator().manual_seed(layer)
+    return torch.multinomial(odds_E.expand(num_tokens, num_experts), top_k, generator=generator)
+
+
+def fixed_routing(kind: str, num_experts: int, num_ranks: int) -> RoutingHook:
+    """A routing hook of the executor: the experts of `fixed_experts`, the weights of the router."""
+    chosen: dict[tuple[int, torch.Size], torch.Tensor] = {}
+
+    def hook(layer: int, routing: Routing, recomputing: bool) -> Routing:
+        shape = routing.experts_TK.shape
+        if (layer, shape) not in chosen:
+            chosen[layer, shape] = fixed_experts(
+                kind,
+                num_tokens=shape[0],
+                top_k=shape[1],
+                num_experts=num_experts,
+                num_ranks=num_ranks,
+                layer=layer,
+            )
+        return Routing(logits_TE=routing.logits_TE, weights_TK=routing.weights_TK, experts_TK=chosen[layer, shape])
+
+    return hook

@@ -1,0 +1,336 @@
+"""Several ranks: the same run as on one, and how it ends when a rank raises, dies, or is asked to stop."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import farskip
+from farskip.checkpoint import latest_checkpoint, read_manifest
+from farskip.launch import ranks as ranks_module
+from farskip.launch import testing_jobs
+from farskip.launch.config import RunConfig
+from farskip.launch.ranks import run_on_local_ranks
+
+Runs = Callable[[str], Path]
+RUN = RunConfig(device="cpu", timeout_s=60, threads=1)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def ranks_alive() -> list[Any]:
+    """The processes of `run_on_local_ranks`; the pool of the test session has others."""
+    return [child for child in multiprocessing.active_children() if child.name.startswith("rank ")]
+
+
+def on_this_rank(job: str, words: list[str]) -> str | None:
+    """Calls a job on a rank of the pool; the message of a user error."""
+    import torch.distributed as dist
+
+    from farskip.launch import testing_jobs
+    from farskip.launch.ranks import Ranks
+
+    ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device="cpu")
+    try:
+        getattr(testing_jobs, job)(ranks, words)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Sums of the same terms in another order: losses agree to fp32 rounding, which Adam's steps let grow a little."""
+    ours, theirs = metrics(actual), metrics(expected)
+    assert len(ours) == len(theirs) > 1
+    for name in ("loss", "grad_norm", "loss_tokens"):
+        assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=2e-4), name
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize("ep", [1, 2])
+def test_two_ranks_are_one_with_twice_the_batch(
+    ep: int, family: str, rank_pool: Any, workshop: Any, tmp_path: Path
+) -> None:
+    more = [f"parallel.ep={ep}", "wiring.name=farskip"]
+    one = workshop.pretrain(tmp_path / "one", *more[1:], family=family, batch_size=4)[1:]
+    two = workshop.pretrain(tmp_path / "two", *more, family=family, batch_size=2)[1:]
+    assert rank_pool.run(on_this_rank, 1, "pretrain_job", one) == [None]
+    assert rank_pool.run(on_this_rank, 2, "pretrain_job", two) == [None, None]
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    ours, theirs = (farskip.load(tmp_path / name / "model") for name in ("two", "one"))
+    assert farskip.wiring_of(ours) == farskip.wiring_of(theirs)
+    assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+
+
+def test_the_auxiliary_loss_counts_once_on_any_number_of_ranks(rank_pool: Any, workshop: Any, tmp_path: Path) -> None:
+    seen = []
+    for num_ranks, batch_size in ((1, 4), (2, 2)):
+        words = workshop.pretrain(tmp_path / str(num_ranks), "balance.aux_coefficient=1.0", batch_size=batch_size)[1:]
+        rank_pool.run(on_this_rank, num_ranks, "pretrain_job", words)
+        first = metrics(tmp_path / str(num_ranks))[0]
+        seen.append((first["balance/aux_loss"], first["grad_norm"]))
+    assert seen[1] == pytest.approx(seen[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_four_ranks_in_two_groups(rank_pool: Any, workshop: Any, tmp_path: Path) -> None:
+    one = workshop.pretrain(tmp_path / "one", "wiring.name=farskip", batch_size=4)[1:]
+    four = workshop.pretrain(tmp_path / "four", "wiring.name=farskip", "parallel.ep=2", batch_size=1)[1:]
+    rank_pool.run(on_this_rank, 1, "pretrain_job", one)
+    assert rank_pool.run(on_this_rank, 4, "pretrain_job", four) == [None] * 4
+    assert_same_run(tmp_path / "four", tmp_path / "one")
+
+
+def test_serial_and_overlapped_give_equal_bits(rank_pool: Any, workshop: Any, tmp_path: Path) -> None:
+    timings = {"step_s", "tokens_per_s", "exposed_share"}
+    seen = []
+    for schedule in ("serial", "overlapped"):
+        words = workshop.pretrain(tmp_path / schedule, "wiring.name=farskip", f"parallel.schedule={schedule}")[1:]
+        assert rank_pool.run(on_this_rank, 2, "pretrain_job", words) == [None, None]
+        seen.append([{k: v for k, v in line.items() if k not in timings} for line in metrics(tmp_path / schedule)])
+    assert seen[0] == seen[1]
+
+
+def test_distillation_with_recompute_and_an_emulated_link(
+    rank_pool: Any, workshop: Any, pretrained: Runs, tmp_path: Path
+) -> None:
+    more = ["parallel.recompute=full", "parallel.link.kind=emulated", "parallel.link.latency_us=500"]
+    plain = workshop.distill(tmp_path / "plain", pretrained("deepseek_v3") / "model", batch_size=1)[1:]
+    heavy = workshop.distill(tmp_path / "heavy", pretrained("deepseek_v3") / "model", *more, batch_size=1)[1:]
+    for words in (plain, heavy):
+        assert rank_pool.run(on_this_rank, 2, "distill_job", words) == [None, None]
+    for line, other in zip(metrics(tmp_path / "heavy"), metrics(tmp_path / "plain"), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    assert farskip.wiring_of(farskip.load(tmp_path / "heavy" / "model")).name == "farskip"
+    assert (tmp_path / "heavy" / "report.md").exists()
+
+
+BAD = {
+    "ep and ranks": (["parallel.ep=3"], "ep=3 does not divide 2 ranks: choose a divisor of 2"),
+    "ep and experts": (["model.config.n_routed_experts=3"], "expert parallelism of 2 does not divide 3 experts"),
+}
+
+
+@pytest.mark.parametrize(("more", "answer"), BAD.values(), ids=BAD)
+def test_what_does_not_divide(more: list[str], answer: str, rank_pool: Any, workshop: Any, tmp_path: Path) -> None:
+    words = workshop.pretrain(tmp_path / "run", *more)[1:]
+    answers = rank_pool.run(on_this_rank, 2, "pretrain_job", words)
+    assert all(text.startswith(f"ValueError: {answer}") for text in answers)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_nan_stops_every_rank_with_the_same_words(rank_pool: Any, workshop: Any, tmp_path: Path) -> None:
+    more = ["training.optimizer.learning_rate=1e30", "training.optimizer.max_grad_norm=null", "data.batch_size=1"]
+    answers = rank_pool.run(on_this_rank, 2, "pretrain_job", workshop.pretrain(tmp_path / "run", *more)[1:])
+    assert answers[0] == answers[1]
+    assert answers[0].startswith("NonFiniteError: step ")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_rank_that_raises_ends_all_and_is_named() -> None:
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^rank 1: give it more$"):
+        run_on_local_ranks(testing_jobs.raise_on_rank_1, "give it more", RUN, 2)
+    assert time.monotonic() - started < 60
+    assert ranks_alive() == []
+
+
+def test_a_rank_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranks_module._GRACE_S <= 60
+    monkeypatch.setattr(ranks_module, "_GRACE_S", 0.5)
+    with pytest.raises(RuntimeError, match=r"^rank 1: left$"):
+        run_on_local_ranks(testing_jobs.hang_on_rank_0, 600.0, RUN, 2)
+    assert ranks_alive() == []
+
+
+def test_no_ranks() -> None:
+    with pytest.raises(ValueError, match="ranks=0 is too small; use at least 1"):
+        run_on_local_ranks(testing_jobs.raise_on_rank_1, "", RUN, 0)
+
+
+def test_sigterm_outside_of_training_is_told(tmp_path: Path) -> None:
+    def stop_when_there() -> None:
+        wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=stop_when_there)
+    thread.start()
+    with pytest.raises(RuntimeError, match="stopped outside of a training step, "):
+        run_on_local_ranks(testing_jobs.wait_for_file, str(tmp_path), RUN, 2)
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 100.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def long_run(workshop: Any, folder: Path) -> list[str]:
+    more = ["training.num_steps=100000", "training.heldout.every_steps=0", "data.batch_size=1"]
+    return workshop.pretrain(folder, *more)[1:]
+
+
+def resume_for_two_steps(rank_pool: Any, words: list[str], folder: Path) -> None:
+    """The last checkpoint loads, and the run goes on from it."""
+    newest = latest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    step = read_manifest(newest).step
+    more = [f"training.num_steps={step + 2}", "run.resume=true"]
+    assert rank_pool.run(on_this_rank, 2, "pretrain_job", [*words, *more]) == [None, None]
+    assert metrics(folder)[-1]["step"] == step + 2
+    farskip.load(folder / "model")
+
+
+def test_a_rank_that_is_killed_in_mid_step(rank_pool: Any, workshop: Any, tmp_path: Path) -> None:
+    words = long_run(workshop, tmp_path / "run")
+    killed_at: list[float] = []
+
+    def kill_rank_1() -> None:
+        wait_until(lambda: len(metrics(tmp_path / "run")) > 5)
+        (process,) = (child for child in ranks_alive() if child.name == "rank 1")
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        killed_at.append(time.monotonic())
+
+    thread = threading.Thread(target=kill_rank_1)
+    thread.start()
+    with pytest.raises(RuntimeError, match="rank 1 of 2 was ended by signal SIGKILL; the others were stopped"):
+        run_on_local_ranks(testing_jobs.pretrain_job, words, RUN, 2)
+    thread.join()
+    assert time.monotonic() - killed_at[0] < 60
+    assert ranks_alive() == []
+    resume_for_two_steps(rank_pool, words, tmp_path / "run")
+
+
+def test_sigterm_saves_on_all_ranks(
+    rank_pool: Any, workshop: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*long_run(workshop, tmp_path / "run"), "training.checkpoint.every_steps=0"]
+
+    def stop() -> None:
+        wait_until(lambda: len(metrics(tmp_path / "run")) > 5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    run_on_local_ranks(testing_jobs.pretrain_job, words, RUN, 2)
+    thread.join()
+    out, error = capfd.readouterr()
+    assert "shutdown requested after step " in out
+    assert error == ""
+    assert not (tmp_path / "run" / "model").exists()
+    resume_for_two_steps(rank_pool, words, tmp_path / "run")
+
+
+def torchrun(*words: str, ranks: int = 2) -> list[str]:
+    """The words of a torchrun of the console script. On a port that torchrun finds free."""
+    script = Path(sys.executable).with_name("farskip")
+    if not script.exists():
+        pytest.skip("the console script is not installed")
+    launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*launcher, "--no-python", str(script), *words]
+
+
+def torchrun_environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_torchrun(workshop: Any, pretrained: Runs, tmp_path: Path) -> None:
+    """The documented way, with a multirun, a trace and two ranks: nothing on stderr, and rank 1 says nothing."""
+    words = workshop.distill(
+        tmp_path / "${wiring.name}",
+        pretrained("deepseek_v3") / "model",
+        "training.num_steps=2",
+        "profile.steps=[2]",
+        "--multirun",
+        "wiring.name=farskip,ladder",
+        batch_size=1,
+    )
+    done = subprocess.run(torchrun(*words), cwd=tmp_path, env=torchrun_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("==")] == [
+        "== 1 of 2: wiring.name=farskip",
+        "== 2 of 2: wiring.name=ladder",
+    ]
+    assert sum(line.startswith("original: ") for line in lines) == 2  # once per run, not per rank
+    for name in ("farskip", "ladder"):
+        assert farskip.wiring_of(farskip.load(tmp_path / name / "model")).name == name
+        assert len(list((tmp_path / name / "traces").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_torchrun_a_nan(workshop: Any, tmp_path: Path) -> None:
+    more = ["training.optimizer.learning_rate=1e30", "training.optimizer.max_grad_norm=null"]
+    words = workshop.pretrain(tmp_path / "run", *more)
+    done = subprocess.run(torchrun(*words), cwd=tmp_path, env=torchrun_environment(), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert sum(line.startswith("farskip pretrain: step ") for line in done.stderr.splitlines()) == 1
+    assert "exitcode  : 2 " in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_sigterm_and_a_killed_rank(rank_pool: Any, workshop: Any, tmp_path: Path) -> None:
+    for number, blow in (("term", signal.SIGTERM), ("kill", signal.SIGKILL)):
+        folder = tmp_path / number
+        words = long_run(workshop, folder)
+        with subprocess.Popen(
+            torchrun("pretrain", *words),
+            env=torchrun_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            wait_until(lambda folder=folder: len(metrics(folder)) > 5)  # type: ignore[misc]
+            if blow is signal.SIGTERM:
+                process.send_signal(blow)
+            else:
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                os.kill(int(children[-1]), blow)
+            out, error = process.communicate(timeout=60)
+        if blow is signal.SIGTERM:
+            assert "shutdown requested after step " in out
+        else:
+            assert process.returncode != 0
+            assert "SIGKILL" in error
+        resume_for_two_steps(rank_pool, words, folder)
+
+
+@pytest.mark.slow
+def test_a_full_disk(workshop: Any, tmp_path: Path, require: Callable[..., str], farskip_command: Any) -> None:
+    """One line, the checkpoint before it stays whole, and the run goes on once there is room."""
+    require("root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs here")
+    try:
+        words = workshop.pretrain(disk / "run", "training.num_steps=40", "training.checkpoint.keep_last=99")
+        code, _, error = farskip_command(words)
+        assert code == 2
+        assert error.count("\n") == 1
+        assert "No space left" in error
+        assert not [path for path in disk.rglob("*") if path.name.endswith((".tmp", ".part"))]
+        newest = latest_checkpoint(disk / "run" / "checkpoints")
+        assert newest is not None
+        read_manifest(newest)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,85 @@
+"""Load balancing attached to real models: it reads the routers' logits, and moves the biases that the routers use."""
+
+import pytest
+import torch
+
+from farskip.models.attach import attachment_of
+from farskip.models.balancing import balance_model
+from farskip.models.surgery import rewire
+from farskip.models.testing_models import FAMILIES, NUM_EXPERTS, TOP_K, run_backward, tiny_model, token_ids
+
+
+def alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks of a world of one."""
+    return tensor
+
+
+def test_off_is_no_balancer() -> None:
+    model = rewire(tiny_model("qwen3_moe"), "ordinary")
+    assert balance_model(model, aux_coefficient=0.0, bias_rate=0.0, sum_over_ranks=alone) is None
+    attachment = attachment_of(model)
+    assert attachment is not None and attachment.executor.routing_hook is None
+
+
+@pytest.mark.parametrize("wiring", ["ordinary", "farskip"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_auxiliary_loss_reaches_every_router_and_is_linear(family: str, wiring: str) -> None:
+    """Twice the coefficient is twice the change of each router's gradient; other weights of the last layer get none."""
+    ids_BS = token_ids(2, 12)
+
+    def gradients(coefficient: float) -> dict[str, torch.Tensor]:
+        model = rewire(tiny_model(family), wiring)
+        balance_model(model, aux_coefficient=coefficient, bias_rate=0.0, sum_over_ranks=alone)
+        return run_backward(model, ids_BS)[1]
+
+    plain, once, twice = gradients(0.0), gradients(1.0), gradients(2.0)
+    gates = [name for name in plain if name.endswith("mlp.gate.weight")]
+    assert len(gates) == 3  # the first of four layers is dense
+    for name in gates:
+        change = once[name] - plain[name]
+        assert change.abs().max() > 1e-3 * plain[name].abs().max()
+        torch.testing.assert_close(twice[name] - plain[name], 2 * change, rtol=1e-3, atol=1e-5)
+    last = max(name for name in plain if "experts.down_proj" in name and "shared" not in name)
+    torch.testing.assert_close(once[last], plain[last], rtol=1e-5, atol=1e-6)
+
+
+def test_the_bias_update_moves_the_routers_own_buffers_against_the_load() -> None:
+    model = rewire(tiny_model("deepseek_v3"), "farskip")
+    balancer = balance_model(model, aux_coefficient=0.0, bias_rate=0.5, sum_over_ranks=alone)
+    assert balancer is not None
+    before = {name: b.clone() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    run_backward(model, token_ids(2, 12))
+    counts = {layer: load.clone() for layer, load in balancer._counts.items()}
+    shown = balancer.update()
+    assert sorted(counts) == [1, 2, 3]
+    for layer, load_E in counts.items():
+        assert int(load_E.sum()) == 2 * 12 * TOP_K
+        name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
+        moved_E = dict(model.named_buffers())[name] - before[name]
+        expected_E = 0.5 * torch.sign(load_E.double().mean() - load_E)
+        torch.testing.assert_close(moved_E.double(), expected_E.double(), rtol=1e-5, atol=1e-6)
+    busiest = max(float(load.max()) * NUM_EXPERTS / (2 * 12 * TOP_K) for load in counts.values())
+    assert shown["balance/max_load"] == pytest.approx(busiest)
+
+
+def test_evaluation_is_not_counted() -> None:
+    model = rewire(tiny_model("deepseek_v3"), "farskip")
+    balancer = balance_model(model, aux_coefficient=0.0, bias_rate=0.5, sum_over_ranks=alone)
+    assert balancer is not None
+    with torch.no_grad():
+        model(token_ids(2, 12))
+    assert balancer.update() == {}
+
+
+def test_a_bias_update_needs_a_bias() -> None:
+    model = rewire(tiny_model("qwen3_moe"), "farskip")
+    with pytest.raises(ValueError, match=r"bias_rate=0\.1: the routers of this model have no selection bias"):
+        balance_model(model, aux_coefficient=0.0, bias_rate=0.1, sum_over_ranks=alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_experts(family: str) -> None:
+    dense = {"qwen3_moe": {"mlp_only_layers": [0, 1, 2, 3]}, "deepseek_v3": {"first_k_dense_replace": 4}}[family]
+    model = rewire(tiny_model(family, **dense), "farskip")
+    with pytest.raises(ValueError, match="the model has no routed experts"):
+        balance_model(model, aux_coefficient=0.1, bias_rate=0.0, sum_over_ranks=alone)

@@ -1,0 +1,85 @@
+"""A transformers model as the training loop sees it: hidden states inside documents, the head, greedy continuation."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from farskip.batch import Batch
+from farskip.models.language_model import HFLanguageModel, continue_text
+from farskip.models.surgery import rewire
+from farskip.models.testing_models import FAMILIES, VOCABULARY, tiny_model, token_ids
+
+
+def batch(num_sequences: int, *, packed: bool) -> Batch:
+    position_ids_S = torch.cat([torch.arange(5), torch.arange(7)]) if packed else torch.arange(12)
+    ids_BS = token_ids(num_sequences, 12)
+    return Batch(input_ids_BS=ids_BS, labels_BS=ids_BS, position_ids_BS=position_ids_S.expand(num_sequences, -1))
+
+
+@pytest.mark.parametrize("wiring", [None, "farskip"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_of_hidden_is_the_logits_of_each_document_alone(family: str, wiring: str | None) -> None:
+    """fp32 on CPU: max |dlogit| <= 5e-5 * max(1, max |ref|)."""
+    model = tiny_model(family).eval()
+    if wiring is not None:
+        rewire(model, wiring)
+    ours, packed = HFLanguageModel(model), batch(3, packed=True)
+    with torch.no_grad():
+        logits_BSV = ours.head(ours.hidden(packed))
+        alone = [model(part, use_cache=False).logits for part in packed.input_ids_BS.split([5, 7], dim=1)]
+    expected_BSV = torch.cat(alone, dim=1)
+    assert (logits_BSV - expected_BSV).abs().max() <= 5e-5 * max(1.0, float(expected_BSV.abs().max()))
+
+
+class FlashConfig:
+    """The name alone: flash attention is not installed on this machine."""
+
+    def __init__(self, config: Any, name: str) -> None:
+        self._config, self._attn_implementation = config, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "farskip_flash_attention_2"])
+def test_flash_attention_across_documents_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3_moe").eval()
+    ours = HFLanguageModel(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "config", FlashConfig(model.config, name))
+        with pytest.raises(ValueError, match=r"would cross documents in a packed batch of 2 .* set data\.batch_size=1"):
+            ours.hidden(batch(2, packed=True))
+        for allowed in (batch(1, packed=True), batch(2, packed=False)):
+            ours.hidden(allowed)
+    ours.hidden(batch(2, packed=True))
+
+
+class Tokenizer:
+    """As much of one as a continuation needs."""
+
+    eos_token_id = 2
+
+    def __call__(self, text: str, **arguments: Any) -> Any:
+        from transformers import BatchEncoding
+
+        ids = torch.tensor([[int(word) for word in text.split()]])
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    def decode(self, ids: torch.Tensor) -> str:
+        return " ".join(str(int(index)) for index in ids)
+
+
+@pytest.mark.parametrize("wiring", ["ordinary", "farskip"])
+def test_the_continuation_is_greedy(wiring: str) -> None:
+    model = rewire(tiny_model("deepseek_v3"), wiring)
+    assert model.training
+    written = continue_text(model, Tokenizer(), "5 6 7", 4)
+    assert model.training  # as it was
+    ids = [5, 6, 7]
+    model.eval()
+    for _ in range(4):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    assert written == " ".join(map(str, ids[3:]))
+    assert max(ids) < VOCABULARY
