@@ -192,7 +192,7 @@ def explain(steps: Sequence[Instruction], times: StageTimes, direction: str = "f
     took = {span.key: span.stop - span.start for span in timeline.compute}
     transfer = {span.key: span.stop - span.start for span in timeline.communication}
     open_windows: dict[Key, list[Key]] = {}
-    rows = [("collective", "transfer", "window", "exposed", "hides under")]
+    rows: list[tuple[str, ...]] = [("collective", "transfer", "window", "exposed", "hides under")]
     for step in steps:
         if step.do is Do.LAUNCH:
             open_windows[step.key] = []

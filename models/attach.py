@@ -131,7 +131,8 @@ def attach(model: Any, executor: Executor) -> Attachment:
     attachment = Attachment(model, executor)
     backbone = backbone_of(model)
     for index, layer in enumerate(layers_of(model)):
-        layer.__class__ = _shimmed_class(type(layer))
+        layer_class: Any = type(layer)
+        layer.__class__ = _shimmed_class(layer_class)
         setattr(layer, _SHIM, (attachment, index))
     backbone.register_forward_pre_hook(attachment.before_backbone, with_kwargs=True)
     backbone.register_forward_hook(attachment.after_backbone)
@@ -150,7 +151,7 @@ def layers_of(model: Any) -> Any:
 
 
 @cache
-def _shimmed_class(layer_class: type) -> type:
+def _shimmed_class(layer_class: Any) -> type:
     """A subclass of a decoder layer class whose forward asks the attachment. One per class, so that types compare."""
 
     def forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:

@@ -1,0 +1,12 @@
+"""GLM-4-MoE: grouped-query attention, rotary on half of each head, sigmoid router with groups and a selection bias."""
+
+from farskip.models.family import Family
+from farskip.models.hf_layer import HFSubBlocks
+
+FAMILY = Family(
+    model_type="glm4_moe",
+    architecture="Glm4MoeForCausalLM",
+    score="sigmoid",
+    sub_blocks=HFSubBlocks,
+    undeclared_config_keys=("head_dim", "partial_rotary_factor"),
+)
