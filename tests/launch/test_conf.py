@@ -23,7 +23,7 @@ def explained(command: str) -> frozenset[str]:
     """The dotted keys that a command lists with an explanation below; bench_overlap is `farskip bench overlap`."""
     done = subprocess.run([sys.executable, "-P", "-c", PROGRAM, command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return frozenset(re.findall(r"^  ([\w.]+)=.*\n      +\S", done.stdout, flags=re.MULTILINE))
+    return frozenset(re.findall(r"^  ([\w.]+)=.*\n(?:    \S.*\n)*      +\S", done.stdout, flags=re.MULTILINE))
 
 
 def keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -1,0 +1,132 @@
+"""Settings of `farskip bench overlap`. Every field is documented by the string below it, which ``--help`` prints."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from farskip.wiring import Wiring
+
+
+class Compute(StrEnum):
+    """What stands between the exchanges."""
+
+    real = "real"
+    timed = "timed"
+
+
+class RoutingKind(StrEnum):
+    """Where tokens go."""
+
+    balanced = "balanced"
+    skewed = "skewed"
+
+
+@dataclass(kw_only=True)
+class SizeConfig:
+    """The model, a deepseek_v3 with random weights. Timed compute uses hidden, experts, top_k, batch and sequence."""
+
+    layers: int = 8
+    """Decoder layers, each with a shared and routed experts."""
+    hidden: int = 512
+    """Width of the residual stream; a row of an exchange is 4 bytes times this."""
+    heads: int = 8
+    """Attention heads of width 32."""
+    experts: int = 8
+    """Routed experts of all hosts together; hosts has to divide it."""
+    top_k: int = 2
+    """Experts per token."""
+    expert_width: int = 64
+    """Width of a routed expert."""
+    shared_experts: int = 4
+    """Width of the shared expert, in units of expert_width."""
+    batch: int = 2
+    """Sequences per host."""
+    sequence: int = 320
+    """Tokens per sequence."""
+
+
+@dataclass(kw_only=True)
+class TimedConfig:
+    """compute=timed: sleeps per layer in forward, in milliseconds; backward sleeps twice as long."""
+
+    attention_ms: float = 17.0
+    """Attention, half of it in front of the core."""
+    shared_ms: float = 17.0
+    """Shared expert."""
+    experts_ms: float = 9.0
+    """Routed experts, for an even share of the rows."""
+
+
+@dataclass(kw_only=True)
+class EmulatedConfig:
+    """link=emulated: the machine's loopback, held back by a helper thread that sleeps."""
+
+    bandwidth_gbit_s: float = 0.5
+    """Gigabits per second out of each rank."""
+    latency_us: float = 100.0
+    """Microseconds added to each exchange."""
+
+
+@dataclass(kw_only=True)
+class BenchOverlapConfig:
+    """farskip bench overlap: what overlap gains over a link that costs time."""
+
+    link: str = "500mbit"
+    """A rate from 100mbit to 1gbit: hosts are network namespaces joined by veth pairs with that rate (Linux, root).
+    local: ranks over loopback, where there is nothing to gain. emulated: loopback, held back (no root)."""
+    hosts: int = 2
+    """Hosts with one rank each; experts are spread over all of them."""
+    compute: Compute = Compute.real
+    """real: a transformers model on one core per rank. timed: sleeps in its place, which need no cores."""
+    routing: RoutingKind = RoutingKind.balanced
+    """balanced: every expert gets equally many tokens. skewed: those of the first host 1.5 times their share."""
+    wirings: list[str] = field(default_factory=lambda: ["ordinary", "farskip"])
+    """Wirings to compare; ordinary is always there, because speed-ups are against it."""
+    chunks: int = 2
+    """Parts into which the chunked variants cut the tokens of a layer; 1 leaves those variants out."""
+    repeats: int = 12
+    """Clean repeats wanted of every variant and pass."""
+    delay_limit: float = 0.05
+    """A repeat is rejected if a rank stood in the run queue, waiting for a core, longer than this share of the step."""
+    rounds: int = 0
+    """Rounds (one repeat of every variant) after which to stop even with fewer clean repeats; 0: 3 times repeats."""
+    megatron: str = "benchmarks/megatron_moe.py"
+    """File of the repository that builds the variants with megatron-core's own MoE layer (compute=real). They are left
+    out, with a word about it, where the file or megatron-core is missing, or with an empty value."""
+    out: str = ""
+    """Result as JSON, and beside it a picture with the same name and the ending png; empty: only the table."""
+    threads: int = 1
+    """CPU threads per rank."""
+    timeout_s: int = 300
+    """Seconds after which a rank that does not answer ends the command."""
+    size: SizeConfig = field(default_factory=SizeConfig)
+    timed: TimedConfig = field(default_factory=TimedConfig)
+    emulated: EmulatedConfig = field(default_factory=EmulatedConfig)
+
+    def check(self) -> None:
+        """Refuse what cannot run, before anything is started.
+
+        Raises:
+            ValueError: a value out of range.
+        """
+        for key, least in (
+            ("hosts", 2),
+            ("chunks", 1),
+            ("repeats", 1),
+            ("rounds", 0),
+            ("threads", 1),
+            ("timeout_s", 1),
+        ):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}={getattr(self, key)} is too small; use at least {least}")
+        if self.delay_limit <= 0:
+            raise ValueError(
+                f"delay_limit={self.delay_limit} must be above 0; 0.05 rejects little and keeps figures fair"
+            )
+        if self.size.experts % self.hosts:
+            raise ValueError(
+                f"hosts={self.hosts} does not divide size.experts={self.size.experts}: choose a divisor of it"
+            )
+        for wiring in self.wirings:
+            Wiring.named(wiring, self.size.layers)
+        if not 1 <= self.size.top_k <= self.size.experts:
+            raise ValueError(f"size.top_k={self.size.top_k} is outside 1..{self.size.experts}, the number of experts")
