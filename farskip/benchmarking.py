@@ -10,7 +10,7 @@ Legend: T tokens, K experts per token, E experts.
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -247,6 +247,6 @@ def fixed_routing(kind: str, num_experts: int, num_ranks: int) -> RoutingHook:
                 num_ranks=num_ranks,
                 layer=layer,
             )
-        return Routing(logits_TE=routing.logits_TE, weights_TK=routing.weights_TK, experts_TK=chosen[layer, shape])
+        return replace(routing, experts_TK=chosen[layer, shape])
 
     return hook

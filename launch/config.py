@@ -128,7 +128,7 @@ class FreshModelConfig:
     """A model to train from scratch."""
 
     family: str = "deepseek_v3"
-    """Model family by its transformers model_type: deepseek_v3 or qwen3_moe."""
+    """Model family by its name, e.g. deepseek_v3, qwen3_moe or mixtral; a wrong one lists all."""
     config: dict[str, Any] = field(default_factory=dict)
     """Settings of the family's transformers config, as hidden_size; model=demo or model=qwen3_tiny brings a set."""
     seed: int = 0
