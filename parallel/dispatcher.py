@@ -60,7 +60,7 @@ class AllToAllDispatcher:
         sent_CWE = torch.stack([torch.bincount(expert, minlength=world * local) for expert in expert_of_slot]).view(
             self.chunks, world, local
         )
-        received_WCE = self.link.exchange_counts(sent_CWE.transpose(0, 1).reshape(world, -1))
+        received_WCE = self.link.exchange_counts(sent_CWE.transpose(0, 1).reshape(world, -1).contiguous())
         received_CWE = received_WCE.view(world, self.chunks, local).transpose(0, 1)
         input_splits, output_splits = sent_CWE.sum(2).tolist(), received_CWE.sum(2).tolist()
         local_expert_WE = torch.arange(local, device=received_CWE.device).repeat(world)

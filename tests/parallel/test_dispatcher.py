@@ -161,3 +161,14 @@ def test_the_reverse_of_an_exchange_swaps_the_splits() -> None:
     back = plan.collective.reverse()
     assert (back.input_splits, back.output_splits) == (plan.collective.output_splits, plan.collective.input_splits)  # type: ignore[attr-defined]
     assert back.reverse() == plan.collective
+
+
+def one_expert_on_each_rank() -> None:
+    link = ProcessGroupLink()
+    experts_TK = torch.randint(link.size, (7, 1), generator=torch.Generator().manual_seed(link.rank))
+    compare(AllToAllDispatcher(link, link.size, chunks=2), 7, 1, experts_TK)
+
+
+def test_chunks_with_one_expert_on_each_rank(rank_pool: "RankPool") -> None:
+    """The counts of the chunks are a view there, and gloo takes only contiguous tensors."""
+    rank_pool.run(one_expert_on_each_rank, 2)
