@@ -98,17 +98,21 @@ def combine_rows(
 ):
     """Weighted sum of a token's expert rows, in fp32, k from 0 to K - 1; a slot without a row (-1) counts as zero.
 
-    `token` and `live` are one token or a column of them, `col` the columns, `like` a tensor of the result's shape. The
-    multiply-add is spelled out as one operation: left to the compiler it might be fused in one kernel and not in
+    `token` is one token (`live` None) or a column of them, `col` the columns, `like` a tensor of the result's shape.
+    The multiply-add is spelled out as one operation: left to the compiler it might be fused in one kernel and not in
     another, and fused and separate ops would differ in the last bit.
     """
     total = tl.zeros_like(like)
     for k in tl.static_range(K):
-        row = tl.load(dst_ptr + token * K + k, mask=live, other=-1).to(tl.int64)
-        present = row >= 0
+        if live is None:
+            row = tl.load(dst_ptr + token * K + k).to(tl.int64)
+        else:
+            row = tl.load(dst_ptr + token * K + k, mask=live, other=-1).to(tl.int64)
+        # A block compared, not a scalar: `mask & scalar` is no mask to the interpreter of Triton 3.9
+        present = tl.zeros_like(col) + row >= 0
         value = tl.load(rows_ptr + row * num_cols + col, mask=mask & present, other=0.0).to(tl.float32)
         if HAS_WEIGHTS:
-            weight = tl.load(weights_ptr + token * K + k, mask=present, other=0.0).to(tl.float32)
+            weight = tl.load(weights_ptr + token * K + k, mask=row >= 0, other=0.0).to(tl.float32)
             total = tl.fma(value, tl.zeros_like(like) + weight, total)
         else:
             total += value

@@ -36,8 +36,7 @@ def load_routed(
     """The routed output of one token, rounded as `unpermute` would have stored it; K 0 without a map."""
     if HAS_MAP:
         like = col.to(tl.float32)
-        live = token >= 0
-        r = combine_rows(routed_ptr, dst_ptr, combine_ptr, token, live, col, mask, num_cols, K, HAS_COMBINE, like)
+        r = combine_rows(routed_ptr, dst_ptr, combine_ptr, token, None, col, mask, num_cols, K, HAS_COMBINE, like)
         return rounded(r, dtype)
     return tl.load(routed_ptr + token * num_cols + col, mask=mask, other=0.0).to(tl.float32)
 
