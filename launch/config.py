@@ -199,22 +199,22 @@ class ShowConfig:
 
 def _demo_pretrain() -> TrainingConfig:
     return TrainingConfig(
-        num_steps=450,
+        num_steps=390,
         log_every=25,
         tensorboard=True,
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
-        heldout=HeldoutConfig(every_steps=150, num_batches=2),
+        heldout=HeldoutConfig(every_steps=130, num_batches=2),
         checkpoint=CheckpointConfig(every_steps=0, keep_last=1),
     )
 
 
 def _demo_distill() -> TrainingConfig:
     return TrainingConfig(
-        num_steps=200,
+        num_steps=160,
         log_every=20,
         tensorboard=True,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20, weight_decay=0.0),
-        heldout=HeldoutConfig(every_steps=50, num_batches=2),
+        heldout=HeldoutConfig(every_steps=40, num_batches=2),
         checkpoint=CheckpointConfig(every_steps=0, keep_last=1),
     )
 
