@@ -55,8 +55,8 @@ def test_nothing_names_a_machine() -> None:
         ("pip install --" + "index-url https://example.org", 1),
         ("file:" + "///srv/wheels", 1),
         ("data.path=/home/me/corpus", 0),
-        ("cd ~/work/x and runs/home/x, https://x.org/home/y", 0),
-        ("../work/x ${X}/home/x", 0),
+        ("cd ~/home/x and runs/home/x, https://x.org/home/y", 0),
+        ("../home/x ${X}/home/x", 0),
     ],
 )
 def test_a_planted_machine_is_found(text: str, found: int) -> None:
