@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from farskip.async_autograd import Collective
+from farskip.pending import Pending
 from farskip.wiring import LayerBlocks
 
 Seam = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -89,14 +90,12 @@ class DispatchPlan:
     Attributes:
         collective: carries rows to the ranks of their experts; its reverse carries them back.
         expert_R: int64 local expert number of every row that arrives here.
-        slot_of_row: int64 [T*K]; sent row i belongs to slot ``slot_of_row[i]`` = token * K + choice.
-        row_of_slot: the inverse permutation.
+
+    A dispatcher adds what `Dispatcher.merge` needs of its own.
     """
 
     collective: Collective
     expert_R: torch.Tensor
-    slot_of_row: torch.Tensor
-    row_of_slot: torch.Tensor
 
 
 class Dispatcher(Protocol):
@@ -108,10 +107,26 @@ class Dispatcher(Protocol):
 
     chunks: int
 
-    def prepare(self, normed_BSD: torch.Tensor, routing: Routing) -> list[tuple[torch.Tensor, DispatchPlan]]:
-        """Per chunk: rows in the order of their experts [T*K, D], and the plan. Exchanges split sizes between ranks."""
+    def prepare(self, normed_BSD: torch.Tensor, routing: Routing) -> "Sequence[tuple[torch.Tensor, DispatchPlan]]":
+        """Per chunk: rows in the order of their experts [R, D], and the plan. May exchange split sizes."""
         ...
 
     def merge(self, rows: Sequence[torch.Tensor], routing: Routing, plans: Sequence[DispatchPlan]) -> torch.Tensor:
         """Sum of the returned rows per token [T, D], weighted here unless the inputs already were."""
+        ...
+
+
+class TensorParallel(Protocol):
+    """The ranks over which sub-blocks are cut, so that each rank's output is one term of a sum.
+
+    Attributes:
+        rank: which of them this is; routed experts take this share of the tokens.
+        size: how many they are.
+    """
+
+    rank: int
+    size: int
+
+    def all_reduce(self, tensor: torch.Tensor) -> Pending:
+        """Start summing a contiguous tensor over the ranks, in place; all of them have to do it in the same order."""
         ...

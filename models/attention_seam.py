@@ -25,14 +25,27 @@ AfterCore = Callable[[torch.Tensor], torch.Tensor]
 """Called by an attention with its core's output [B, S, heads, head_dim]; its output projection reads the result."""
 
 
-@contextmanager
-def seam_set(attention: nn.Module, seam: Seam) -> Iterator[None]:
-    """Have this attention call `seam` on its way, inside the ``with`` block."""
-    setattr(attention, _SEAM, seam)
-    try:
-        yield
-    finally:
-        delattr(attention, _SEAM)
+class seam_set:  # noqa: N801 - used as a function
+    """Have this attention call `seam` on its way, inside the ``with`` block.
+
+    Args:
+        attention: a transformers attention module.
+        seam: what it calls.
+    """
+
+    __slots__ = ("_attributes",)
+
+    # Entered once per layer and pass: no generator, and not through the attribute protocol of nn.Module.
+
+    def __init__(self, attention: nn.Module, seam: Seam) -> None:
+        self._attributes = attention.__dict__
+        self._attributes[_SEAM] = seam
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        del self._attributes[_SEAM]
 
 
 @contextmanager
@@ -101,12 +114,13 @@ def _seamed(name: str) -> Callable[..., Any]:
         attention_mask: torch.Tensor | None,
         **arguments: Any,
     ) -> Any:
-        seam = getattr(module, _SEAM, None)
+        seam = module.__dict__.get(_SEAM)
         if seam is not None:
-            query, key, value = outside_graphs(seam, query, key, value)
+            call = outside_graphs if torch.compiler.is_compiling() else _call
+            query, key, value = call(seam, query, key, value)
         core = AttentionInterface().get_interface(name, _eager_of(module))
         output_BSHV, weights = core(module, query, key, value, attention_mask, **arguments)
-        after_core = getattr(module, _AFTER_CORE, None)
+        after_core = module.__dict__.get(_AFTER_CORE)
         return (output_BSHV if after_core is None else after_core(output_BSHV)), weights
 
     return attention

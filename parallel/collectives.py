@@ -31,8 +31,12 @@ class Link(Protocol):
         """Start sending ``input_splits[r]`` rows of `tensor` to every rank r and receiving `output`; do not wait."""
         ...
 
-    def exchange_counts(self, counts: torch.Tensor) -> torch.Tensor:
-        """Send row r of an int64 tensor [size, n] to rank r; returns what came back, after waiting for it."""
+    def all_reduce(self, tensor: torch.Tensor) -> Work:
+        """Start summing a contiguous tensor over the ranks, in place; do not wait."""
+        ...
+
+    def exchange_counts(self, counts: torch.Tensor) -> Pending:
+        """Start sending row r of an int64 tensor [size, n] to rank r; the result is what came from each rank."""
         ...
 
     def waited(self, seconds: float) -> None:
@@ -65,11 +69,15 @@ class ProcessGroupLink:
             output, tensor, list(output_splits), list(input_splits), group=self._group, async_op=True
         )
 
-    def exchange_counts(self, counts: torch.Tensor) -> torch.Tensor:
-        """See `Link.exchange_counts`. Note: synchronizes the host."""
-        received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts, group=self._group)
-        return received
+    def all_reduce(self, tensor: torch.Tensor) -> Work:
+        """See `Link.all_reduce`."""
+        return dist.all_reduce(tensor, group=self._group, async_op=True)
+
+    def exchange_counts(self, counts: torch.Tensor) -> Pending:
+        """See `Link.exchange_counts`."""
+        received, one_row = torch.empty_like(counts), (1,) * self.size
+        work = self.all_to_all(received, counts, one_row, one_row)
+        return Pending(received, work, keep=(counts,), on_waited=self.waited)
 
     def waited(self, seconds: float) -> None:
         """See `Link.waited`; adds to `waited_s`."""

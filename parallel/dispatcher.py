@@ -1,20 +1,41 @@
 """Token dispatch by all-to-all: every token to the ranks that hold its experts, and back.
 
-The rows of a rank are sorted by expert, and experts lie in order on the ranks, so each destination is one stretch of
-rows. Weights never travel: a weight on an expert's output is applied where the rows come back, one on its input before
-they leave, as in the unsharded model. Permutations are gathers in both directions, never scatter-adds, so sums have a
-fixed order.
+The rows of a rank stand by expert (`farskip.triton_kernels.dispatch_map`), and experts lie in order on the ranks, so
+each destination is one stretch of rows. Weights never travel: a weight on an expert's output is applied where the rows come
+back, one on its input before they leave, as in the unsharded model. Permutations are gathers in both directions, never
+scatter-adds, so sums have a fixed order.
+
+How many rows go where is known in one of two ways:
+
+    exact            no row is dropped. Ranks exchange counts, under the copy of the rows, and the host waits for them.
+    fixed capacity   every expert takes `capacity` rows of every rank, padded with zeros; what is beyond is dropped,
+                     later tokens first. Nothing is exchanged and the host waits for nothing.
 
 Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E experts, W ranks, R rows on this rank.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from farskip.parallel.collectives import AllToAll, Link
 from farskip.stage import DispatchPlan, Routing, WeightOn
+from farskip.triton_kernels.backend import choose_backend
+from farskip.triton_kernels.dispatch_map import DispatchMap, dispatch_map
+from farskip.triton_kernels.permute import permute, permute_weights
+from farskip.triton_kernels.unpermute import unpermute
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowsPlan(DispatchPlan):
+    """The plan of one chunk.
+
+    Attributes:
+        dispatch: where each slot (token, choice) stands among the rows that this rank sends.
+    """
+
+    dispatch: DispatchMap
 
 
 class AllToAllDispatcher:
@@ -24,122 +45,168 @@ class AllToAllDispatcher:
         link: the ranks that share the experts; rank r holds experts r*E/W .. (r+1)*E/W - 1.
         num_experts: E, of all ranks together.
         chunks: into how many parts of neighboring tokens the tokens of a layer are cut.
+        capacity: rows of one chunk that an expert takes from one rank; None for all there are.
+        backend: ``triton`` or ``reference`` for the copies of rows; None to choose by device.
 
     Raises:
-        ValueError: E is not a multiple of W, or no chunk.
+        ValueError: E is not a multiple of W, no chunk, or no capacity.
     """
 
-    def __init__(self, link: Link, num_experts: int, chunks: int = 1) -> None:
+    def __init__(
+        self,
+        link: Link,
+        num_experts: int,
+        chunks: int = 1,
+        *,
+        capacity: int | None = None,
+        backend: str | None = None,
+    ) -> None:
         if num_experts % link.size:
             raise ValueError(
                 f"expert parallelism of {link.size} does not divide {num_experts} experts: choose a divisor"
             )
         if chunks < 1:
             raise ValueError(f"chunks={chunks} is too small; use 1 for no chunks, or more")
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity={capacity} is too small; use 1 row per expert or more, or None for no limit")
         self.link = link
         self.num_local_experts = num_experts // link.size
         self.chunks = chunks
+        self.capacity = capacity
+        self.backend = backend
+        self._dropped: torch.Tensor | None = None
 
-    def prepare(self, normed_BSD: torch.Tensor, routing: Routing) -> list[tuple[torch.Tensor, DispatchPlan]]:
-        """Sort the rows of every chunk by expert and agree on the split sizes of all chunks at once.
+    def backend_on(self, tensor: torch.Tensor) -> str:
+        """Which implementation copies rows like this tensor: ``triton`` or ``reference``."""
+        return choose_backend(self.backend, tensor)
+
+    def take_num_dropped(self) -> int:
+        """Slots beyond the capacity since the last call; a layer that is recomputed counts twice.
+
+        Note: synchronizes the host.
+        """
+        dropped, self._dropped = self._dropped, None
+        return 0 if dropped is None else int(dropped)
+
+    def prepare(self, normed_BSD: torch.Tensor, routing: Routing) -> list[tuple[torch.Tensor, RowsPlan]]:
+        """Bring the rows of every chunk into the order of their experts, and settle who gets how many.
 
         Args:
             normed_BSD: the tokens.
             routing: where each of them goes.
 
         Returns:
-            Per chunk: rows [T*K, D] in the order of their experts, and the plan.
+            Per chunk: rows in the order of their experts, and the plan. [T*K, D], or [E * capacity, D].
 
-        Note: exchanges E counts per chunk and synchronizes the host, because split sizes are host integers.
+        Note: without a capacity, exchanges E counts per chunk and synchronizes the host, because split sizes are host
+        integers. The rows are copied while the counts travel.
         """
-        world, local = self.link.size, self.num_local_experts
         tokens_TD = normed_BSD.reshape(-1, normed_BSD.shape[-1])
         sizes = _even_sizes(tokens_TD.shape[0], self.chunks)
-        expert_of_slot = [experts_TK.reshape(-1) for experts_TK in routing.experts_TK.split(sizes)]
-        weight_of_slot = [weights_TK.reshape(-1, 1) for weights_TK in routing.weights_TK.split(sizes)]
-        sent_CWE = torch.stack([torch.bincount(expert, minlength=world * local) for expert in expert_of_slot]).view(
-            self.chunks, world, local
-        )
-        received_WCE = self.link.exchange_counts(sent_CWE.transpose(0, 1).reshape(world, -1).contiguous())
-        received_CWE = received_WCE.view(world, self.chunks, local).transpose(0, 1)
+        num_experts = self.num_local_experts * self.link.size
+        maps = [
+            dispatch_map(experts_TK, num_experts, capacity=self.capacity, backend=self.backend)
+            for experts_TK in routing.experts_TK.split(sizes)
+        ]
+        if self.capacity is not None:
+            rows = self._permute([self._padded(one) for one in maps], tokens_TD, routing, sizes)
+            return [(chunk_RD, self._fixed_plan(one)) for chunk_RD, one in rows]
+        # counts of all chunks at once, [W, C * E / W]: as row r, those of the experts on rank r
+        sent_CWE = torch.stack([one.counts for one in maps]).view(self.chunks, self.link.size, -1).long()
+        sent_W = sent_CWE.transpose(0, 1).reshape(self.link.size, -1).contiguous()
+        pending = self.link.exchange_counts(sent_W)
+        rows = self._permute(maps, tokens_TD, routing, sizes)
+        received_CWE = pending.wait().view(self.link.size, self.chunks, -1).transpose(0, 1)
         input_splits, output_splits = sent_CWE.sum(2).tolist(), received_CWE.sum(2).tolist()
-        local_expert_WE = torch.arange(local, device=received_CWE.device).repeat(world)
-        prepared = []
-        for chunk, chunk_TD in enumerate(tokens_TD.split(sizes)):
-            slot_of_row = torch.argsort(expert_of_slot[chunk], stable=True)
-            row_of_slot = torch.empty_like(slot_of_row)
-            row_of_slot[slot_of_row] = torch.arange(slot_of_row.numel(), device=slot_of_row.device)
-            plan = DispatchPlan(
-                collective=AllToAll(
-                    link=self.link,
-                    input_splits=tuple(input_splits[chunk]),
-                    output_splits=tuple(output_splits[chunk]),
-                ),
-                expert_R=torch.repeat_interleave(local_expert_WE, received_CWE[chunk].reshape(-1)),
-                slot_of_row=slot_of_row,
-                row_of_slot=row_of_slot,
-            )
-            rows = _Permute.apply(chunk_TD, slot_of_row, row_of_slot)
-            if routing.weight_on is WeightOn.INPUT:
-                rows = rows * _Reorder.apply(weight_of_slot[chunk], slot_of_row, row_of_slot)
-            prepared.append((rows, plan))
-        return prepared
+        return [
+            (chunk_RD, self._exact_plan(one, received_CWE[chunk], input_splits[chunk], output_splits[chunk]))
+            for chunk, (chunk_RD, one) in enumerate(rows)
+        ]
 
     def merge(self, rows: Sequence[torch.Tensor], routing: Routing, plans: Sequence[DispatchPlan]) -> torch.Tensor:
         """Sum of the returned rows, weighted here if the weights are on the outputs.
 
         Args:
-            rows: per chunk [T*K, D] in the order they were sent.
+            rows: per chunk, in the order they were sent.
             routing: the weights.
             plans: what `prepare` returned.
 
         Returns:
             [T, D].
         """
-        top_k = routing.experts_TK.shape[1]
-        weights = routing.weights_TK.split([plan.row_of_slot.numel() // top_k for plan in plans])
-        merged = []
-        for chunk_rows, weights_TK, plan in zip(rows, weights, plans, strict=True):
-            slots = _Reorder.apply(chunk_rows, plan.row_of_slot, plan.slot_of_row)
-            weighted = slots * weights_TK.reshape(-1, 1) if routing.weight_on is WeightOn.OUTPUT else slots
-            merged.append(weighted.view(*weights_TK.shape, weighted.shape[-1]).sum(dim=1).to(chunk_rows.dtype))
+        merged, first = [], 0
+        for chunk_RD, plan in zip(rows, plans, strict=True):
+            assert isinstance(plan, RowsPlan)
+            stop = first + plan.dispatch.dst.shape[0]
+            weights_TK = routing.weights_TK[first:stop] if routing.weight_on is WeightOn.OUTPUT else None
+            merged.append(unpermute(chunk_RD, plan.dispatch, weights_TK, backend=self.backend))
+            first = stop
         return merged[0] if len(merged) == 1 else torch.cat(merged)
+
+    def _permute(
+        self, maps: Sequence[DispatchMap], tokens_TD: torch.Tensor, routing: Routing, sizes: list[int]
+    ) -> list[tuple[torch.Tensor, DispatchMap]]:
+        """Per chunk the rows to send, and the map that placed them."""
+        found = []
+        chunks = zip(maps, tokens_TD.split(sizes), routing.weights_TK.split(sizes), strict=True)
+        for dispatch, chunk_TD, weights_TK in chunks:
+            rows_RD = permute(chunk_TD, dispatch, backend=self.backend)
+            if routing.weight_on is WeightOn.INPUT:
+                weights_R = permute_weights(weights_TK, dispatch, backend=self.backend)
+                rows_RD = rows_RD * weights_R.to(rows_RD.dtype).unsqueeze(1)
+            found.append((rows_RD, dispatch))
+        return found
+
+    def _exact_plan(
+        self, dispatch: DispatchMap, received_WE: torch.Tensor, input_splits: list[int], output_splits: list[int]
+    ) -> RowsPlan:
+        local_expert_WE = torch.arange(self.num_local_experts, device=received_WE.device).repeat(self.link.size)
+        return RowsPlan(
+            collective=AllToAll(link=self.link, input_splits=tuple(input_splits), output_splits=tuple(output_splits)),
+            expert_R=torch.repeat_interleave(local_expert_WE, received_WE.reshape(-1), output_size=sum(output_splits)),
+            dispatch=dispatch,
+        )
+
+    def _fixed_plan(self, dispatch: DispatchMap) -> RowsPlan:
+        assert self.capacity is not None
+        splits = (self.num_local_experts * self.capacity,) * self.link.size
+        local_expert_E = torch.arange(self.num_local_experts, device=dispatch.dst.device)
+        return RowsPlan(
+            collective=AllToAll(link=self.link, input_splits=splits, output_splits=splits),
+            expert_R=local_expert_E.repeat_interleave(self.capacity).repeat(self.link.size),
+            dispatch=dispatch,
+        )
+
+    def _padded(self, dispatch: DispatchMap) -> DispatchMap:
+        """The same map with every expert's segment padded to the capacity: sizes that no rank has to ask for."""
+        assert self.capacity is not None
+        num_experts, device = dispatch.counts.numel(), dispatch.counts.device
+        num_rows = num_experts * self.capacity
+        # row e*capacity + i of the padded map is row starts[e] + i of the tight one, for i below counts[e]
+        starts_E1 = (dispatch.offsets - dispatch.counts).long().unsqueeze(1)
+        place_C = torch.arange(self.capacity, device=device)
+        tight_EC = (starts_E1 + place_C).clamp(max=max(dispatch.src.numel() - 1, 0))
+        held_EC = place_C < dispatch.counts.unsqueeze(1)
+        if dispatch.src.numel():
+            src_R = torch.where(held_EC, dispatch.src[tight_EC], -1).view(num_rows)
+        else:
+            src_R = dispatch.src.new_full((num_rows,), -1)
+        num_slots = dispatch.dst.numel()
+        dst_S1 = dispatch.dst.new_full((num_slots + 1,), -1)  # the last entry takes the rows without a slot
+        rows_R = torch.arange(num_rows, device=device, dtype=dst_S1.dtype)
+        dst_S1.scatter_(0, torch.where(src_R >= 0, src_R, num_slots).long(), rows_R)
+        dst_TK = dst_S1[:num_slots].view_as(dispatch.dst)
+        self._dropped = (dst_TK < 0).sum() + (0 if self._dropped is None else self._dropped)
+        ends_E = torch.arange(1, num_experts + 1, device=device, dtype=dispatch.offsets.dtype) * self.capacity
+        return DispatchMap(
+            counts=dispatch.counts,
+            offsets=dispatch.offsets,
+            padded_offsets=ends_E,
+            dst=dst_TK,
+            src=src_R.to(dispatch.src.dtype),
+        )
 
 
 def _even_sizes(total: int, parts: int) -> list[int]:
     """Sizes of `parts` neighboring stretches that differ by at most one."""
     return [total // parts + (part < total % parts) for part in range(parts)]
-
-
-class _Permute(torch.autograd.Function):
-    """rows[i] = tokens[slot_of_row[i] // K]; backward sums the K rows of a token in the order of its choices."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, tokens_TD: torch.Tensor, slot_of_row: torch.Tensor, row_of_slot: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(row_of_slot)
-        ctx.num_tokens = tokens_TD.shape[0]
-        top_k = slot_of_row.numel() // max(tokens_TD.shape[0], 1)
-        return tokens_TD.index_select(0, slot_of_row // max(top_k, 1))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (row_of_slot,) = ctx.saved_tensors
-        top_k = row_of_slot.numel() // max(ctx.num_tokens, 1)
-        slots = gradient.index_select(0, row_of_slot)
-        return slots.view(ctx.num_tokens, top_k, gradient.shape[-1]).sum(dim=1), None, None
-
-
-class _Reorder(torch.autograd.Function):
-    """output[i] = rows[order[i]] for a permutation; backward is the inverse gather, free of atomics."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradient.index_select(0, inverse), None, None

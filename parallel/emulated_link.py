@@ -37,7 +37,7 @@ class EmulatedLink(ProcessGroupLink):
         super().__init__(group)
         self._bytes_per_s = bandwidth_gbit_s * 1e9 / 8
         self._latency_s = latency_us * 1e-6
-        self._jobs: queue.SimpleQueue[tuple[_Paced, float] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[_Paced, str, float] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._pace, name="farskip-emulated-link", daemon=True)
         self._thread.start()
 
@@ -49,14 +49,21 @@ class EmulatedLink(ProcessGroupLink):
         input_splits: Sequence[int],
     ) -> Work:
         """See `Link.all_to_all`."""
-        if tensor.is_cuda:
-            raise ValueError("the emulated link paces transfers between CPU ranks; on CUDA use link.kind=real")
+        self._refuse_cuda(tensor)
         paced = _Paced(super().all_to_all(output, tensor, output_splits, input_splits))
         row_bytes = tensor[:1].nbytes if tensor.shape[0] else output[:1].nbytes
         away = max(
             sum(splits) - splits[self.rank] for splits in (list(input_splits), list(output_splits))
         )  # rows that stay on this rank use no wire
-        self._jobs.put((paced, away * row_bytes / self._bytes_per_s + self._latency_s))
+        self._jobs.put((paced, "all_to_all", away * row_bytes / self._bytes_per_s + self._latency_s))
+        return paced
+
+    def all_reduce(self, tensor: torch.Tensor) -> Work:
+        """See `Link.all_reduce`; takes as long as a ring, which sends 2 (W - 1) / W of the tensor from every rank."""
+        self._refuse_cuda(tensor)
+        paced = _Paced(super().all_reduce(tensor))
+        ring_bytes = 2 * (self.size - 1) / self.size * tensor.nbytes
+        self._jobs.put((paced, "all_reduce", ring_bytes / self._bytes_per_s + self._latency_s))
         return paced
 
     def close(self) -> None:
@@ -64,10 +71,14 @@ class EmulatedLink(ProcessGroupLink):
         self._jobs.put(None)
         self._thread.join()
 
+    def _refuse_cuda(self, tensor: torch.Tensor) -> None:
+        if tensor.is_cuda:
+            raise ValueError("the emulated link paces transfers between CPU ranks; on CUDA use link.kind=real")
+
     def _pace(self) -> None:
         while (job := self._jobs.get()) is not None:
-            paced, duration_s = job
-            with torch.profiler.record_function(f"{RANGE_PREFIX}all_to_all"):
+            paced, name, duration_s = job
+            with torch.profiler.record_function(f"{RANGE_PREFIX}{name}"):
                 time.sleep(duration_s)
             paced.released.set()
 

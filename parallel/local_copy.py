@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from farskip.parallel.collectives import ProcessGroupLink
-from farskip.pending import Work
+from farskip.pending import Pending, Work
 
 
 class LocalCopyLink(ProcessGroupLink):
@@ -52,16 +52,23 @@ class LocalCopyLink(ProcessGroupLink):
         self.num_bytes += output.nbytes
         return _Done()
 
-    def exchange_counts(self, counts: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> Work:
+        """Leave the tensor as it is."""
+        self.num_bytes += tensor.nbytes
+        return _Done()
+
+    def exchange_counts(self, counts: torch.Tensor) -> Pending:
         """See `Link.exchange_counts`; a real exchange before `freeze`, none after it."""
         if self._next is None:
-            self._recorded.append(super().exchange_counts(counts))
-            return self._recorded[-1].clone()
+            received, one_row = torch.empty_like(counts), (1,) * self.size
+            super().all_to_all(received, counts, one_row, one_row).wait()
+            self._recorded.append(received)
+            return Pending(self._recorded[-1].clone(), None)
         received = self._recorded[self._next % len(self._recorded)]
         self._next += 1
         if received.shape != counts.shape:
             raise RuntimeError(f"local copy: counts of shape {tuple(counts.shape)}, recorded {tuple(received.shape)}")
-        return received.clone()
+        return Pending(received.clone(), None)
 
 
 class _Done:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from farskip.parallel.collectives import ProcessGroupLink
-from farskip.pending import Work
+from farskip.pending import Pending, Work
 
 Delay = Callable[[], int]
 """After how many further calls of the link an exchange is delivered; waiting delivers it at once."""
@@ -72,10 +72,23 @@ class FakeLink:
         self.in_flight.append(_Exchange(self, output, weakref.ref(tensor), self._delay()))
         return self.in_flight[-1]
 
-    def exchange_counts(self, counts: torch.Tensor) -> torch.Tensor:
-        """See `Link.exchange_counts`."""
+    def all_reduce(self, tensor: torch.Tensor) -> Work:
+        """See `Link.all_reduce`: the sum over one rank, late."""
+        assert tensor.is_contiguous()
+        sent = tensor.clone()
+        poison(tensor)
         self.tick()
-        return counts.clone()
+        self.num_exchanges += 1
+        self.in_flight.append(_Exchange(self, tensor, lambda: sent, self._delay()))
+        return self.in_flight[-1]
+
+    def exchange_counts(self, counts: torch.Tensor) -> Pending:
+        """See `Link.exchange_counts`."""
+        received = torch.empty_like(counts)
+        poison(received)
+        self.tick()
+        self.in_flight.append(_Exchange(self, received, weakref.ref(counts), self._delay()))
+        return Pending(received, self.in_flight[-1], keep=(counts,))
 
     def waited(self, seconds: float) -> None:
         """See `Link.waited`."""
@@ -90,7 +103,7 @@ class FakeLink:
 
 class _Exchange:
     def __init__(
-        self, link: FakeLink, output: torch.Tensor, sent: "weakref.ref[torch.Tensor]", ticks_left: int
+        self, link: FakeLink, output: torch.Tensor, sent: Callable[[], torch.Tensor | None], ticks_left: int
     ) -> None:
         self._link = link
         self._output = output
@@ -126,6 +139,12 @@ class LateLink(ProcessGroupLink):
         arrived = torch.empty_like(output)
         poison(output)
         return _Late(super().all_to_all(arrived, tensor, output_splits, input_splits), output, arrived)
+
+    def all_reduce(self, tensor: torch.Tensor) -> Work:
+        """See `Link.all_reduce`."""
+        arrived = tensor.clone()
+        poison(tensor)
+        return _Late(super().all_reduce(arrived), tensor, arrived)
 
 
 class _Late:

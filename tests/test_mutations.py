@@ -92,7 +92,7 @@ NORM = Catch(DATA_PARALLEL, "norm", (2, 0.25), 4)
 POINT = Catch(GRID, "run_corner", ({"world": 2, "ep": 2},), 2)
 NO_ROWS = Catch("models/test_hf_layer.py", "test_experts_without_a_row_keep_the_graph_whole", ("deepseek_v3",))
 
-_CORE, _PARALLEL, _MODELS = "farskip.", "farskip.parallel.", "farskip.models."
+_CORE, _PARALLEL, _MODELS, _KERNELS = "farskip.", "farskip.parallel.", "farskip.models.", "farskip.triton_kernels."
 _FINISH = _CORE + "async_autograd:InFlight._finish"
 _FORM = _CORE + "residual:Residual._form"
 _OFFER = _CORE + "residual:Residual._offer"
@@ -416,37 +416,37 @@ MUTATIONS = [
     # dispatch
     Mutation(
         "the sort of rows is not stable",
-        _PARALLEL + "dispatcher:AllToAllDispatcher.prepare",
-        "torch.argsort(expert_of_slot[chunk], stable=True)",
-        "expert_of_slot[chunk].numel() - 1 - torch.argsort(expert_of_slot[chunk].flip(0), stable=True)",
+        _KERNELS + "dispatch_map_reference:dispatch_map_reference",
+        "torch.sort(ids_S, stable=True)",
+        "(lambda back: (back[0], num_slots - 1 - back[1]))(torch.sort(ids_S.flip(0), stable=True))",
         Catch(DISPATCHER, "test_rows_of_one_expert_keep_the_order_of_their_tokens"),
     ),
     Mutation(
         "gradients of rows go to other tokens",
-        _PARALLEL + "dispatcher:_Permute.backward",
-        "gradient.index_select(0, row_of_slot)",
-        "gradient",
+        _KERNELS + "unpermute:_backward_permute",
+        "grad.contiguous()",
+        "grad.flip(0)",
         ONE_RANK,
     ),
     Mutation(
         "rows come back in another order",
         _PARALLEL + "dispatcher:AllToAllDispatcher.merge",
-        "_Reorder.apply(chunk_rows, plan.row_of_slot, plan.slot_of_row)",
-        "_Reorder.apply(chunk_rows, plan.slot_of_row, plan.row_of_slot)",
+        "unpermute(chunk_RD, ",
+        "unpermute(chunk_RD.flip(0), ",
         ONE_RANK,
     ),
     Mutation(
         "the reordering's gradient is not the inverse",
-        _PARALLEL + "dispatcher:_Reorder.backward",
-        "inverse)",
-        "torch.argsort(inverse))",
+        _KERNELS + "unpermute_reference:unpermute_backward_reference",
+        "permute_reference(grad_TH, dst_TK, src_R, ",
+        "permute_reference(grad_TH, dst_TK, src_R.flip(0), ",
         ONE_RANK,
     ),
     Mutation(
         "weights are not applied",
         _PARALLEL + "dispatcher:AllToAllDispatcher.merge",
-        "slots * weights_TK.reshape(-1, 1)",
-        "slots * 1",
+        "routing.weights_TK[first:stop] if",
+        "None if",
         ONE_RANK,
     ),
     Mutation(
@@ -458,10 +458,24 @@ MUTATIONS = [
     ),
     Mutation(
         "arriving rows are counted by expert, not by rank",
-        _PARALLEL + "dispatcher:AllToAllDispatcher.prepare",
-        ".repeat(world)",
-        ".repeat_interleave(world)",
+        _PARALLEL + "dispatcher:AllToAllDispatcher._exact_plan",
+        ".repeat(self.link.size)",
+        ".repeat_interleave(self.link.size)",
         Catch(DISPATCHER, "arriving_rows_know_their_expert", (), 2),
+    ),
+    Mutation(
+        "counts are read before they have arrived",
+        _PARALLEL + "dispatcher:AllToAllDispatcher.prepare",
+        "pending.wait()",
+        "pending.unfilled",
+        slowest_link(),
+    ),
+    Mutation(
+        "padding holds rows of the next expert",
+        _PARALLEL + "dispatcher:AllToAllDispatcher._padded",
+        "torch.where(held_EC, dispatch.src[tight_EC], -1)",
+        "dispatch.src[tight_EC]",
+        Catch(DISPATCHER, "test_a_fixed_capacity_needs_no_counts"),
     ),
     Mutation(
         "experts lie on other ranks",

@@ -23,8 +23,8 @@ def permute_reference(x_TH: Tensor, dst_TK: Tensor, src_R: Tensor, weights_TK: T
     if num_tokens == 0:
         return x_TH.new_zeros(len(src_R), x_TH.shape[1])
     slot_R = src_R.clamp(min=0).to(torch.int64)
-    rows_RH = x_TH[slot_R // top_k]
+    rows_RH = x_TH.index_select(0, slot_R // top_k)
     if weights_TK is not None:
         wide = torch.float64 if x_TH.dtype == torch.float64 else torch.float32
         rows_RH = (rows_RH.to(wide) * weights_TK.flatten()[slot_R, None].to(wide)).to(x_TH.dtype)
-    return torch.where(src_R[:, None] >= 0, rows_RH, torch.zeros((), dtype=x_TH.dtype, device=x_TH.device))
+    return rows_RH.masked_fill_(src_R[:, None] < 0, 0)

@@ -32,10 +32,10 @@ def unpermute_reference(rows_RH: Tensor, dst_TK: Tensor, weights_TK: Tensor | No
         return total_TH.to(rows_RH.dtype)
     for k in range(top_k):
         row_T = dst_TK[:, k].to(torch.int64)
-        value_TH = rows_RH[row_T.clamp(min=0)].to(wide)
+        value_TH = rows_RH.index_select(0, row_T.clamp(min=0)).to(wide)
         if weights_TK is not None:
             value_TH = value_TH * weights_TK[:, k, None].to(wide)
-        total_TH = total_TH + value_TH.masked_fill(row_T[:, None] < 0, 0)
+        total_TH = total_TH + value_TH.masked_fill_(row_T[:, None] < 0, 0)
     return total_TH.to(rows_RH.dtype)
 
 

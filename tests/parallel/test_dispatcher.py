@@ -1,7 +1,8 @@
 """Dispatch and combine: every row reaches its expert and comes back to its token, in a fixed order."""
 
 import itertools
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -61,13 +62,29 @@ def expected_of(tokens_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
     return torch.stack(rows) if rows else tokens_TD * 1.0
 
 
+def kept_by_capacity(experts_TK: torch.Tensor, chunks: int, capacity: int | None) -> torch.Tensor:
+    """[T, K] bool: whether a slot is among the first `capacity` of its expert in its chunk of tokens."""
+    kept = torch.ones_like(experts_TK, dtype=torch.bool)
+    if capacity is None:
+        return kept
+    for tokens in torch.arange(experts_TK.shape[0]).tensor_split(chunks):
+        taken = [0] * EXPERTS
+        for token, k in itertools.product(tokens.tolist(), range(experts_TK.shape[1])):
+            expert = int(experts_TK[token, k])
+            kept[token, k] = taken[expert] < capacity
+            taken[expert] += 1
+    return kept
+
+
 def compare(dispatcher: AllToAllDispatcher, tokens: int, top_k: int, experts_TK: torch.Tensor) -> None:
     generator = torch.Generator().manual_seed(tokens + 10 * dispatcher.link.rank)
     tokens_TD = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
     routing = routing_of(experts_TK, dispatcher.link.rank)
     upstream = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64)
+    kept = kept_by_capacity(experts_TK, dispatcher.chunks, dispatcher.capacity)
+    limited = replace(routing, weights_TK=routing.weights_TK * kept)
     outputs = []
-    for function in (lambda: through(dispatcher, tokens_TD, routing), lambda: expected_of(tokens_TD, routing)):
+    for function in (lambda: through(dispatcher, tokens_TD, routing), lambda: expected_of(tokens_TD, limited)):
         tokens_TD.grad = routing.weights_TK.grad = None
         output = function()
         (output * upstream).sum().backward()
@@ -75,6 +92,7 @@ def compare(dispatcher: AllToAllDispatcher, tokens: int, top_k: int, experts_TK:
     for ours, theirs in zip(*outputs, strict=True):
         if theirs is not None or tokens:
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert dispatcher.take_num_dropped() == int((~kept).sum())
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3])
@@ -83,9 +101,46 @@ def test_one_rank(tokens: int, top_k: int, chunks: int) -> None:
     compare(AllToAllDispatcher(FakeLink(), EXPERTS, chunks), tokens, top_k, random_experts(tokens, top_k, 0))
 
 
-def on_ranks(chunks: int) -> None:
+@pytest.mark.parametrize("capacity", [1, 2, 5, 100])
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(("tokens", "top_k"), [(0, 2), (1, 1), (7, 2), (63, 6)], ids=str)
+def test_beyond_its_capacity_an_expert_takes_no_row(tokens: int, top_k: int, chunks: int, capacity: int) -> None:
+    link = FakeLink()
+    dispatcher = AllToAllDispatcher(link, EXPERTS, chunks, capacity=capacity)
+    compare(dispatcher, tokens, top_k, random_experts(tokens, top_k, 0))
+
+
+def test_a_fixed_capacity_needs_no_counts() -> None:
+    link = FakeLink()
+    link.exchange_counts = None  # type: ignore[method-assign, assignment]
+    experts_TK = random_experts(9, 2, 0)
+    prepared = AllToAllDispatcher(link, EXPERTS, 2, capacity=3).prepare(torch.ones(1, 9, WIDTH), routing_of(experts_TK))
+    for rows, plan in prepared:
+        assert rows.shape == (EXPERTS * 3, WIDTH)
+        assert torch.equal(plan.expert_R, torch.arange(EXPERTS).repeat_interleave(3))
+    num_sent = sum(int(rows.any(dim=1).sum()) for rows, _ in prepared)
+    assert num_sent == int(kept_by_capacity(experts_TK, 2, 3).sum()), "padding is zero"
+
+
+def test_the_counts_travel_while_rows_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exchange is launched before the copy and waited for behind it."""
+    import farskip.parallel.dispatcher as module
+
+    link, under_way = FakeLink(), []
+    real = module.permute
+
+    def watched(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        under_way.append(len(link.in_flight))
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(module, "permute", watched)
+    module.AllToAllDispatcher(link, EXPERTS, 2).prepare(torch.zeros(1, 8, WIDTH), routing_of(random_experts(8, 2, 0)))
+    assert under_way == [1, 1] and not link.in_flight
+
+
+def on_ranks(chunks: int, capacity: int | None = None) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    dispatcher = AllToAllDispatcher(ProcessGroupLink(), EXPERTS, chunks)
+    dispatcher = AllToAllDispatcher(ProcessGroupLink(), EXPERTS, chunks, capacity=capacity)
     for tokens in (rank, 5 - rank, 9):  # uneven, none on rank 0
         compare(dispatcher, tokens, 2, random_experts(tokens, 2, seed=rank))
     for only in range(size):  # all tokens of all ranks to the experts of one rank
@@ -104,6 +159,11 @@ def test_ranks(world: int, chunks: int, rank_pool: "RankPool") -> None:
     rank_pool.run(on_ranks, world, chunks)
 
 
+def test_ranks_with_a_capacity(rank_pool: "RankPool") -> None:
+    """Also where ranks have different numbers of tokens: the sizes do not depend on them."""
+    rank_pool.run(on_ranks, 2, 2, 2)
+
+
 def uneven_splits_swap() -> None:
     rank = dist.get_rank()
     there = AllToAll(link=ProcessGroupLink(), input_splits=(rank, 2), output_splits=((0, 1), (2, 2))[rank])
@@ -118,7 +178,7 @@ def arriving_rows_know_their_expert() -> None:
     experts_TK = random_experts(9 + rank, 2, seed=rank)
     dispatcher = AllToAllDispatcher(ProcessGroupLink(), EXPERTS)
     [(_, plan)] = dispatcher.prepare(torch.zeros(1, 9 + rank, WIDTH), routing_of(experts_TK))
-    numbers = experts_TK.reshape(-1)[plan.slot_of_row].unsqueeze(1)
+    numbers = experts_TK.reshape(-1)[plan.dispatch.src.long()].unsqueeze(1)
     arrived = plan.collective.launch(numbers.contiguous()).wait().squeeze(1)
     assert torch.equal(arrived, plan.expert_R + rank * local)
 
@@ -135,10 +195,10 @@ def test_rows_of_one_expert_keep_the_order_of_their_tokens() -> None:
     """A stable sort: else two runs could add the rows of an expert's gradient in two orders."""
     experts_TK = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1]] * 16)
     [(_, plan)] = AllToAllDispatcher(FakeLink(), EXPERTS).prepare(torch.zeros(1, 64, WIDTH), routing_of(experts_TK))
-    slots = plan.slot_of_row.view(2, 64)
+    slots = plan.dispatch.src.view(2, 64)
     assert (slots.diff(dim=1) > 0).all()
     assert torch.equal(plan.expert_R, torch.arange(2).repeat_interleave(64))
-    assert torch.equal(plan.slot_of_row[plan.row_of_slot], torch.arange(128))
+    assert torch.equal(plan.dispatch.src[plan.dispatch.dst.flatten().long()].long(), torch.arange(128))
 
 
 def test_experts_that_the_ranks_do_not_divide_are_refused() -> None:
@@ -152,6 +212,12 @@ def test_experts_that_the_ranks_do_not_divide_are_refused() -> None:
 def test_no_chunk_is_refused(chunks: int) -> None:
     with pytest.raises(ValueError, match=f"chunks={chunks} is too small"):
         AllToAllDispatcher(FakeLink(), EXPERTS, chunks)
+
+
+@pytest.mark.parametrize("capacity", [0, -1])
+def test_no_capacity_is_refused(capacity: int) -> None:
+    with pytest.raises(ValueError, match=f"capacity={capacity} is too small"):
+        AllToAllDispatcher(FakeLink(), EXPERTS, capacity=capacity)
 
 
 def test_the_reverse_of_an_exchange_swaps_the_splits() -> None:

@@ -25,11 +25,11 @@ def counts_are_real_until_frozen() -> list[list[int]]:
     with pytest.raises(RuntimeError, match="before freeze"):
         link.freeze()
     passes = [torch.tensor([[10 * rank + layer], [10 * rank + layer + 5]]) for layer in range(2)]
-    real = [link.exchange_counts(counts).flatten().tolist() for counts in passes]
+    real = [link.exchange_counts(counts).wait().flatten().tolist() for counts in passes]
     link.freeze()
     # Other counts, no partner: what comes back is what was recorded, in a circle.
     if rank == 0:
-        repeated = [link.exchange_counts(torch.zeros_like(passes[0])).flatten().tolist() for _ in range(4)]
+        repeated = [link.exchange_counts(torch.zeros_like(passes[0])).wait().flatten().tolist() for _ in range(4)]
         assert repeated == real + real
         with pytest.raises(RuntimeError, match="recorded"):
             link.exchange_counts(torch.zeros(2, 7, dtype=torch.int64))
