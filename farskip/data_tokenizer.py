@@ -63,7 +63,8 @@ def _load_tokenizer(path: Path, end_of_document: str | None) -> "PreTrainedToken
     file = path / "tokenizer.json" if path.is_dir() else path
     if path.is_dir() and (path / "tokenizer_config.json").is_file():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            # A rewired checkpoint's folder names code for the model; without a word transformers would ask on stdin.
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"data.tokenizer={path} cannot be loaded ({reason}); save it again") from None

@@ -52,6 +52,16 @@ COMMANDS: tuple[Command, ...] = (
         help="rewire a pretrained model and repair it by self-distillation",
     ),
     Command(
+        name="convert",
+        module="farskip.launch.convert",
+        help="rewrite the wiring of a checkpoint without loading it, file by file",
+    ),
+    Command(
+        name="generate",
+        module="farskip.launch.generate",
+        help="print how a model continues a prompt, wired as its checkpoint says",
+    ),
+    Command(
         name="trace",
         module="farskip.launch.trace",
         help="measure in profiler traces how much communication was exposed",

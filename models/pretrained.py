@@ -1,14 +1,8 @@
-"""`load` and `save`: checkpoints in transformers' format, with the wiring in their config.
+"""`load` and `save`: checkpoints in transformers' format, with the wiring in their config (`farskip.models.export`).
 
-A rewired checkpoint has transformers' tensors and names, and in its config.json
-
-    "model_type": "farskip_<family>"          so that a plain load by transformers refuses instead of silently
-    "farskip": {"base_model_type": "<family>",  computing the ordinary function
-                "wiring": {...}}              see `Wiring.to_dict`
-
-A checkpoint of an ordinary model is left a plain transformers checkpoint. A family that is born rewired has keys of its
-own for its wiring (`farskip.models.family.WiringKeys`): they are read, and written where they can say the wiring. Which
-family a checkpoint is of is decided by ``architectures``: a ``model_type`` can claim what it likes.
+Every tensor of a checkpoint is accounted for: it is a parameter of the model, or of an MTP head and carried through to
+what `save` writes (`farskip.models.mtp_tensors`), or `load` fails and names it. The only exception are buffers that old
+checkpoints hold and that are computed from the config, the rotary embedding's frequencies.
 """
 
 import importlib.util
@@ -17,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +20,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from farskip.models.attach import attachment_of
-from farskip.models.family import Family, family_of_architecture, family_of_model
+from farskip.models.checkpoint_files import has_safetensors, read_checkpoint
+from farskip.models.expert_slices import ExpertSlice, experts_here, load_slice
+from farskip.models.export import read_record
+from farskip.models.family import Family
+from farskip.models.mtp_tensors import carried_mtp_tensors, carry_mtp_tensors, everything_reported, is_mtp
 from farskip.models.parallelize import full_state_dict, parallelize
+from farskip.models.saving import complete_checkpoint
 from farskip.models.surgery import rewire, wiring_of
 from farskip.wiring import Wiring
 
-_KEY = "farskip"
-_PREFIX = "farskip_"
 _UNDONE_WHEN_LOADED = "mxfp4"
 
 
@@ -61,21 +59,21 @@ def load(
             cannot be undone.
         RuntimeError: undoing a quantization needs accelerate, which is not installed.
 
-    Note: with a mesh, every rank reads the whole checkpoint into memory before it keeps its slice.
+    Note: with a mesh, a rank reads of the experts its own only (`farskip.models.expert_slices`). What it has to read
+    whole although it keeps a slice, rank 0 warns of.
     """
     folder = Path(path)
     config_dict = _read_config(folder)
-    family = _family_of(folder, config_dict)
-    recorded = _recorded_wiring(folder, family, config_dict)
-    config_dict.pop("auto_map", None)  # names files of remote code, which is not run here and not written by `save`
+    family, recorded = read_record(folder, config_dict)
     _ask_for_plain_weights(folder, config_dict)
-    model = _load_transformers(folder, family, config_dict, dtype).to(device)
+    here = None if mesh is None else experts_here(folder, config_dict, mesh)
+    model = _load_transformers(folder, family, config_dict, dtype, here).to(device)
     chosen = recorded if wiring is None else wiring
     if chosen is None and layers is not None:
         raise ValueError(f"load {folder}: layers={layers!r} needs wiring=, the checkpoint itself is ordinary")
     if chosen is not None:
         rewire(model, chosen, "all" if layers is None else layers)
-    return parallelize(model, mesh) if mesh is not None else model
+    return parallelize(model, mesh, experts_cut=here is not None) if mesh is not None else model
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> None:
@@ -88,17 +86,17 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: unknown family, or `path` holds something that is not a checkpoint.
     """
-    family, wiring, folder = family_of_model(model), wiring_of(model), Path(path)
+    wiring, folder = wiring_of(model), Path(path)
     state = full_state_dict(model)
     attachment = attachment_of(model)
     is_parallel = attachment is not None and attachment.mesh is not None
     if not is_parallel or dist.get_rank() == 0:
-        _write(model, state, family, wiring, folder)
+        _write(model, state, wiring, folder)
     if is_parallel:
         dist.barrier()
 
 
-def _write(model: Any, state: dict[str, torch.Tensor], family: Family, wiring: Wiring, folder: Path) -> None:
+def _write(model: Any, state: dict[str, torch.Tensor], wiring: Wiring, folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save {folder}: it is a file, not a folder; choose another path")
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
@@ -107,9 +105,8 @@ def _write(model: Any, state: dict[str, torch.Tensor], family: Family, wiring: W
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         model.save_pretrained(fresh, state_dict=state)
-        config = json.loads((fresh / "config.json").read_text())
-        if _record_wiring(config, family, wiring):
-            (fresh / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if attachment_of(model) is None:  # else its own `save_pretrained` has done so
+            complete_checkpoint(model, wiring, fresh)
         if folder.exists():
             replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
             folder.rename(replaced)
@@ -124,25 +121,6 @@ def _write(model: Any, state: dict[str, torch.Tensor], family: Family, wiring: W
     finally:
         if fresh.exists():
             shutil.rmtree(fresh)
-
-
-def _recorded_wiring(folder: Path, family: Family, config: dict[str, Any]) -> Wiring | None:
-    """The wiring that a checkpoint's config records; None if none. Takes our record out of the config."""
-    recorded = config.get(_KEY)
-    if family.wiring_keys is not None and not isinstance(recorded, dict):
-        try:
-            return family.wiring_keys.read(config)
-        except ValueError as error:
-            raise ValueError(f"load {folder}: config.json: {error}") from None
-    if recorded is None:
-        return None
-    if not isinstance(recorded, dict) or set(recorded) != {"base_model_type", "wiring"}:
-        raise ValueError(
-            f"load {folder}: config.json has {_KEY}={recorded!r}, which records no wiring; write base_model_type and "
-            "wiring there, or copy the file again"
-        )
-    config["model_type"] = config.pop(_KEY)["base_model_type"]
-    return Wiring.from_dict(recorded["wiring"])
 
 
 def _ask_for_plain_weights(folder: Path, config: dict[str, Any]) -> None:
@@ -163,24 +141,6 @@ def _ask_for_plain_weights(folder: Path, config: dict[str, Any]) -> None:
     config["quantization_config"] = {**quantization, "dequantize": True}
 
 
-def _record_wiring(config: dict[str, Any], family: Family, wiring: Wiring) -> bool:
-    """Write the wiring into a config, in the family's own keys where they can say it. Whether anything was changed."""
-    if family.wiring_keys is not None:
-        own = family.wiring_keys.write(wiring)
-        if own is not None and family.wiring_keys.read(config) == wiring:
-            return False
-        for name in family.wiring_keys.names:
-            config.pop(name, None)
-        if own is not None:
-            config.update(own)
-            return True
-    if wiring.name == "ordinary":
-        return False
-    config[_KEY] = {"base_model_type": family.model_type, "wiring": wiring.to_dict()}
-    config["model_type"] = _PREFIX + family.model_type
-    return True
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
@@ -198,15 +158,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _family_of(folder: Path, config: dict[str, Any]) -> Family:
-    architectures = config.get("architectures")
-    try:
-        return family_of_architecture(architectures[0] if isinstance(architectures, list) and architectures else None)
-    except ValueError as error:
-        raise ValueError(f"load {folder}: {error}") from None
-
-
-def _load_transformers(folder: Path, family: Family, config_dict: dict[str, Any], dtype: torch.dtype | None) -> Any:
+def _load_transformers(
+    folder: Path,
+    family: Family,
+    config_dict: dict[str, Any],
+    dtype: torch.dtype | None,
+    here: ExpertSlice | None = None,
+) -> Any:
     import transformers
     from safetensors import SafetensorError
 
@@ -216,14 +174,18 @@ def _load_transformers(folder: Path, family: Family, config_dict: dict[str, Any]
             f"config.json says {config_dict.get('model_type')!r}; correct whichever is wrong"
         )
     config = transformers.AutoConfig.for_model(**config_dict)
+    arguments = {
+        "dtype": "auto" if dtype is None else dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported below, by name
+    }
+    model_class = family.model_class()
+    reporting = everything_reported(model_class)
     try:
-        model, info = family.model_class().from_pretrained(
-            folder,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-        )
+        if here is None:
+            model, info = reporting.from_pretrained(folder, config=config, **arguments)
+        else:
+            model, info = load_slice(replace(family, own_class=lambda: reporting), folder, config, here, **arguments)
     except (SafetensorError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "conversion" not in str(error):
             raise
@@ -231,16 +193,33 @@ def _load_transformers(folder: Path, family: Family, config_dict: dict[str, Any]
         absent = _absent_experts(folder) if isinstance(error, RuntimeError) else []
         why = f"missing tensors: {', '.join(absent[:3])}" if absent else " ".join(str(error).split())
         raise ValueError(f"load {folder}: {why}; the checkpoint is incomplete or damaged") from error
+    model.__class__ = model_class
+    carry_mtp_tensors(model, folder, config_dict)
+    if carried_mtp_tensors(model) is not None:
+        of_head = is_mtp(config_dict)
+        info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not of_head(name)]
     if "quantization_config" in config_dict:
         model._weight_conversions = None  # of the quantized tensors: `save` would write plain ones under their names
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             names = sorted(str(key) for key in info[kind])
+            if kind == "unexpected_keys":
+                names = _as_stored(folder, names)
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise ValueError(
                 f"load {folder}: {kind.replace('_keys', '')} tensors: {shown}; the checkpoint does not fit its config"
             )
     return model
+
+
+def _as_stored(folder: Path, names: Sequence[str]) -> list[str]:
+    """The checkpoint's names of these tensors: transformers reports stacked experts under the name of the stack."""
+    stored = read_checkpoint(folder).tensors if has_safetensors(folder) else {}
+    found: list[str] = []
+    for name in names:
+        parts = [] if name in stored else [part for part in stored if part.startswith(f"{name.rpartition('.')[0]}.")]
+        found += parts or [name]
+    return sorted(set(found))
 
 
 def _absent_experts(folder: Path) -> list[str]:

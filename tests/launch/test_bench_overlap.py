@@ -14,12 +14,14 @@ import torch
 
 from farskip.benchmarking import Repeat
 from farskip.launch import bench_overlap, network_hosts
-from farskip.launch.bench_config import BenchOverlapConfig, Compute, RoutingKind, SizeConfig, TimedConfig
+from farskip.launch.bench_config import BenchOverlapConfig, Compute, Parallelism, RoutingKind, SizeConfig, TimedConfig
 from farskip.launch.bench_report import report
 from farskip.launch.bench_run import Bench
 from farskip.launch.bench_variants import kinds
 from farskip.launch.hydra_command import documented_keys
 from farskip.launch.ranks import Ranks
+from farskip.parallel.collectives import ProcessGroupLink
+from farskip.parallel.local_copy import LocalCopyLink
 from farskip.testing import RankPool
 
 Command = Callable[[list[str]], tuple[int, str, str]]
@@ -55,6 +57,9 @@ def test_keys_and_defaults_are_frozen(check_snapshot: Callable[[str, str], None]
         (["link=10gbit"], "10000 Mbit/s is outside 100..1000"),
         (["hosts=1"], "hosts=1 is too small; use at least 2"),
         (["hosts=3"], "hosts=3 does not divide size.experts=8"),
+        (["hosts=3", "parallel=tensor"], "hosts=3 does not divide size.heads=8"),
+        (["parallel=tensor", "size.mlp_width=7"], "hosts=2 does not divide size.mlp_width=7"),
+        (["parallel=tensor", "size.hidden=24"], "size.hidden=24 is no multiple of twice size.heads=8"),
         (["chunks=0"], "chunks=0 is too small"),
         (["repeats=0"], "repeats=0 is too small"),
         (["delay_limit=0"], "delay_limit=0.0 must be above 0"),
@@ -140,7 +145,7 @@ def test_a_whole_run_of_sleeps(
     assert all(other["passes"] == raw[0]["passes"] for other in raw), "ranks disagree about a repeat"
     assert report(config, json.loads(json.dumps(raw[0])))
     document = json.loads((tmp_path / "new" / "result.json").read_text())
-    assert set(document) == {"link", "hosts", "compute", "routing", "passes", "machine"}
+    assert set(document) == {"link", "hosts", "parallel", "compute", "routing", "passes", "machine"}
     assert (document["link"], document["hosts"], document["compute"]) == ("local", hosts, "timed")
     assert tuple(document["passes"]) == PASSES
     for figures in document["passes"].values():
@@ -161,6 +166,57 @@ def test_real_compute_over_an_emulated_link_hides_what_sleeps_cannot_fake(rank_p
     raw = rank_pool.run(bench_on_this_rank, 2, config, timeout_s=100)[0]
     assert raw["not_reported"] == {}
     assert set(raw["passes"]["forward"]) == {*(kind.name for kind in kinds(config)), "no_communication"}
+
+
+TENSOR_VARIANTS = [
+    "tp_ordinary_blocking",
+    "tp_parallel",
+    "tp_ladder_serial",
+    "tp_ladder_overlapped",
+    "tp_no_communication",
+]
+
+
+@pytest.mark.parametrize("compute", [Compute.timed, Compute.real])
+def test_a_whole_run_of_tensor_parallelism(
+    compute: Compute, rank_pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over a link that is held back; the last pass is one token at a time, with a cache."""
+    config = small(
+        parallel=Parallelism.tensor,
+        compute=compute,
+        link="emulated",
+        size=SizeConfig(layers=2, hidden=32, heads=2, mlp_width=16, batch=1, sequence=8),
+        timed=TimedConfig(attention_ms=0.0, mlp_ms=0.0),
+        out=str(tmp_path / "result.json"),
+    )
+    raw = rank_pool.run(bench_on_this_rank, 2, config, timeout_s=100)[0]
+    assert raw["not_reported"] == {} and report(config, json.loads(json.dumps(raw)))
+    passes = [*PASSES, "decode"] if compute is Compute.real else [*PASSES]
+    document = json.loads((tmp_path / "result.json").read_text())
+    assert list(document["passes"]) == passes and document["parallel"] == "tensor"
+    for name, figures in document["passes"].items():
+        assert list(figures) == TENSOR_VARIANTS
+        assert figures["tp_ordinary_blocking"]["speedup"] == 1.0
+        assert (figures["tp_ladder_overlapped"]["window_share"] is None) == (name == "decode")
+    printed = capsys.readouterr().out
+    assert "2 hosts, emulated link of 0.5 Gbit/s (loopback, held back)" in printed and "tensor parallel" in printed
+    assert "reduce_attention.1" in printed
+
+
+def test_a_tensor_variant_that_forgets_a_sum_is_not_reported(
+    rank_pool: RankPool,
+) -> None:
+    config = small(parallel=Parallelism.tensor, size=SizeConfig(layers=2, hidden=32, heads=2, batch=1, sequence=8))
+    with pytest.raises(RuntimeError, match="tp_ordinary_blocking: its output is"):
+        rank_pool.run(without_all_reduces, 2, config)
+
+
+def without_all_reduces(config: BenchOverlapConfig) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProcessGroupLink, "all_reduce", LocalCopyLink.all_reduce)
+        patch.setattr(ProcessGroupLink, "num_bytes", 0, raising=False)
+        return bench_on_this_rank(config)
 
 
 @pytest.mark.parametrize("variant", ["farskip_overlapped", "ordinary_chunked", "farskip_serial"])

@@ -89,7 +89,10 @@ WRONG = {
     "a stray word": ("now", "'now' is no setting; write key=value"),
     "not an integer": ("training.num_steps=abc", "training.num_steps: Value 'abc' of type 'str' could not be conver"),
     "half an integer": ("parallel.ep=1.5", "parallel.ep: Value '1.5' of type 'float' could not be converted to Inte"),
-    "not one of": ("parallel.recompute=half", "parallel.recompute: Invalid value 'half', expected one of [none, full]"),
+    "not one of": (
+        "parallel.recompute=half",
+        "parallel.recompute: Invalid value 'half', expected one of [none, selective, full]",
+    ),
     "not a list": (
         "data.patterns=abc",
         "data.patterns: Invalid value assigned: str is not a ListConfig, list or tuple",

@@ -180,7 +180,8 @@ def test_chat_trains_on_the_assistants_turns_only(
     assert (code, error) == (0, "")
     trained = len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1  # and the token that ends it
     assert metrics(tmp_path / "run")[0]["loss_tokens"] == 8 * trained
-    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").chat_template == CHAT_TEMPLATE
+    written = AutoTokenizer.from_pretrained(tmp_path / "run" / "model", trust_remote_code=False)
+    assert written.chat_template == CHAT_TEMPLATE
 
 
 def test_a_model_that_is_wired_so_already(

@@ -176,6 +176,29 @@ def test_recompute_changes_nothing_but_rounding(workshop: Any, farskip_command: 
     assert plans[0] != plans[1]
 
 
+def test_selective_recompute_changes_no_bit_and_no_schedule(
+    workshop: Any, farskip_command: Command, tmp_path: Path
+) -> None:
+    selective = workshop.pretrain(tmp_path / "selective", "wiring.name=farskip", "parallel.recompute=selective")
+    assert farskip_command(selective)[0] == 0
+    assert farskip_command(workshop.pretrain(tmp_path / "none", "wiring.name=farskip"))[0] == 0
+    after = [weights(tmp_path / name) for name in ("selective", "none")]
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[1])
+    plans = [json.loads((tmp_path / name / "schedule.json").read_text()) for name in ("selective", "none")]
+    assert plans[0] == plans[1]
+
+
+def test_which_kernels_run_is_said_once(
+    workshop: Any, farskip_command: Command, tmp_path: Path, pretrained: Callable[[str], Path]
+) -> None:
+    code, out, _ = farskip_command(workshop.pretrain(tmp_path / "run", "parallel.kernels=reference"))
+    assert code == 0
+    line = "kernels: router reference, experts reference, rows between ranks reference (kernels=reference)"
+    assert [each for each in out.splitlines() if each.startswith("kernels:")] == [line]
+    ours, theirs = (metrics(folder)[0]["loss"] for folder in (tmp_path / "run", pretrained("deepseek_v3")))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_bf16(workshop: Any, farskip_command: Command, tmp_path: Path, pretrained: Callable[[str], Path]) -> None:
     """bf16 keeps 8 bits: the first loss agrees to about 2^-8, and is not the fp32 one."""
     assert farskip_command(workshop.pretrain(tmp_path / "run", "training.precision=bf16"))[0] == 0
@@ -207,6 +230,9 @@ BAD = {
     "device": (["run.device=tpu"], "run.device='tpu' is unknown; use cpu, cuda or auto"),
     "schedule": (["parallel.schedule=sereal"], "parallel.schedule: Invalid value 'sereal', expected"),
     "layers of a segment": (["parallel.recompute=full", "parallel.recompute_layers=0"], "parallel.recompute_layers=0"),
+    "a negative capacity": (["parallel.capacity=-1"], "parallel.capacity=-1 is too small; use at least 0"),
+    "kernels": (["parallel.kernels=tritn"], "parallel.kernels: Invalid value 'tritn', expected"),
+    "kernels without a GPU": (["parallel.kernels=triton"], "backend 'triton' cannot run on a cpu tensor; "),
     "bandwidth": (["parallel.link.bandwidth_gbit_s=0"], "parallel.link.bandwidth_gbit_s=0.0 must be above 0"),
     "a NaN": (["training.optimizer.learning_rate=1e30", "training.num_steps=3"], "step "),
     "heads": (["model.config.num_attention_heads=3"], "model.config.num_attention_heads=3 is no multiple of num_key_"),

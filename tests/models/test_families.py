@@ -301,6 +301,9 @@ def test_round_trip(case: str, tmp_path: Path) -> None:
     loaded = farskip.load(tmp_path / "model")
     assert wiring_of(loaded) == wiring_of(ours) and type(loaded).__name__ == type(ours).__name__
     assert_equal_bits(dict(loaded.state_dict()), dict(ours.state_dict()))
+    # A loaded weight lies where the file has it; products of one row round by the alignment of their operands.
+    for parameter in loaded.parameters():
+        parameter.data = parameter.data.clone()
     assert_equal_bits(loaded(ids).logits, ours(ids).logits)
 
 

@@ -95,9 +95,10 @@ def test_the_config_records_the_wiring(family: str, tmp_path: Path) -> None:
     assert config["model_type"] == f"farskip_{family}"
     assert config["farskip"] == {
         "base_model_type": family,
+        "architecture": type(tiny_model(family)).__name__,
         "wiring": {"name": "farskip", "layers": [2, 3], "num_layers": 4},
     }
-    assert config["architectures"] == [type(tiny_model(family)).__name__]
+    assert config["architectures"] == ["FarSkipForCausalLM"]
     assert "_attn_implementation" not in config
 
 
@@ -116,9 +117,16 @@ def test_a_plain_load_of_a_rewired_checkpoint_refuses(family: str, tmp_path: Pat
     import transformers
 
     farskip.save(rewired(family), tmp_path / "model")
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
-        with pytest.raises(ValueError, match=f"farskip_{family}"):
-            auto.from_pretrained(tmp_path / "model")
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel, transformers.AutoConfig):
+        with pytest.raises(ValueError, match=r"(?s)contains custom code .*trust_remote_code=True"):
+            auto.from_pretrained(tmp_path / "model", trust_remote_code=False)
+    (tmp_path / "model" / "modeling_farskip.py").unlink()
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["auto_map"]  # a tool that does not know it goes by these two
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert config["architectures"] == ["FarSkipForCausalLM"]
+    with pytest.raises(ValueError, match=f"farskip_{family}"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
 @families
@@ -214,7 +222,16 @@ def test_a_damaged_config_is_named(checkpoint: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "record", [3, {}, {"wiring": {"name": "farskip"}}, {"base_model_type": "deepseek_v3", "wiring": {"name": "ladder"}}]
+    "record",
+    [
+        3,
+        {},
+        {"wiring": {"name": "farskip"}},
+        {"base_model_type": "deepseek_v3", "wiring": {"name": "ladder"}},
+        {"base_model_type": "deepseek_v3", "architecture": ["DeepseekV3ForCausalLM"], "wiring": {"name": "ladder"}},
+        {"base_model_type": "deepseek_v3", "architecture": "DeepseekV3ForCausalLM", "wiring": {"name": "ladder"}},
+        {"architecture": "DeepseekV3ForCausalLM", "wiring": {"name": "ladder"}},
+    ],
 )
 def test_a_damaged_record_of_the_wiring_is_named(checkpoint: Path, record: Any) -> None:
     edit_config(checkpoint, lambda config: config.update(farskip=record))
@@ -260,7 +277,7 @@ def test_an_unknown_family_names_the_closest(checkpoint: Path) -> None:
 
 def test_a_model_type_that_lies_is_refused(checkpoint: Path) -> None:
     def lie(config: dict[str, Any]) -> None:
-        config["model_type"] = "qwen3_moe"
+        config.update(model_type="qwen3_moe", architectures=["DeepseekV3ForCausalLM"])
         del config["farskip"]
 
     edit_config(checkpoint, lie)
