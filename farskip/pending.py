@@ -5,11 +5,11 @@ build its graph on; what is in it is undefined until `wait` returns. Nobody outs
 `farskip.async_autograd` may touch `Pending.unfilled`.
 """
 
-import time
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
+
+from farskip.wait_meter import WaitMeter
 
 
 class Work(Protocol):
@@ -27,10 +27,10 @@ class Pending:
         unfilled: the buffer that the collective writes into.
         work: handle to wait on; None when the result is already there.
         keep: tensors that the transfer reads and that have to outlive it.
-        on_waited: called with the seconds that the host stood still in `wait`.
+        meter: told how long `wait` kept compute standing still.
     """
 
-    __slots__ = ("_keep", "_on_waited", "_work", "unfilled")
+    __slots__ = ("_keep", "_meter", "_work", "unfilled")
 
     def __init__(
         self,
@@ -38,12 +38,12 @@ class Pending:
         work: Work | None,
         *,
         keep: tuple[torch.Tensor, ...] = (),
-        on_waited: Callable[[float], None] | None = None,
+        meter: WaitMeter | None = None,
     ) -> None:
         self.unfilled = unfilled
         self._work = work
         self._keep = keep
-        self._on_waited = on_waited
+        self._meter = meter
 
     def wait(self) -> torch.Tensor:
         """The result, ready to be read on the current stream.
@@ -52,10 +52,10 @@ class Pending:
         called again; only the first call waits.
         """
         if self._work is not None:
-            start = time.perf_counter()
-            self._work.wait()
-            if self._on_waited is not None:
-                self._on_waited(time.perf_counter() - start)
+            if self._meter is None:
+                self._work.wait()
+            else:
+                self._meter.timed(self._work.wait, self.unfilled.device)
             self._work = None
             self._keep = ()
         return self.unfilled

@@ -101,7 +101,7 @@ def write_conversion_report(
     pictures += [_draw_losses(folder, runs)]
     if overlaps:
         pictures.append(_draw_overlap(folder, overlaps, link or ""))
-    lines = [f"# Conversion to {wiring}", "", *_damage_lines(measured), ""]
+    lines = [f"# Conversion to {wiring}", "", *_damage_lines(measured), "", *_choice_lines(runs), ""]
     lines += [f"![{picture.stem}]({picture.name})" for picture in pictures if picture.stem != "overlap"]
     lines += ["", "## What the three models write", "", "Greedy continuation of", "", _fence(measured[0].prompt)]
     for model in measured:
@@ -164,6 +164,19 @@ def _damage_lines(measured: Sequence[Measured]) -> list[str]:
             f"| {math.exp(result.cross_entropy):.2f} | {kl} |"
         )
     return [*lines, "", damage_sentence(measured)]
+
+
+def _choice_lines(runs: Mapping[str, Path]) -> list[str]:
+    """Said where the repaired model was picked by the text that it is reported on."""
+    evaluations = max(
+        (sum("heldout_kl" in row for row in _read_metrics(run / METRICS_FILE)) for run in runs.values()), default=0
+    )
+    if evaluations < 2:
+        return []
+    return [
+        f"The repaired model is the best of {evaluations} evaluations on this held-out text, so its row is a little "
+        "better than it would be on other text."
+    ]
 
 
 def speed_sentence(serial: Overlap, overlapped: Overlap) -> str:

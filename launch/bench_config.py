@@ -3,7 +3,15 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from farskip.launch.bench_names import BLOCKING, FREE, TENSOR
 from farskip.wiring import Wiring
+
+
+class Parallelism(StrEnum):
+    """What is spread over the hosts."""
+
+    experts = "experts"
+    tensor = "tensor"
 
 
 class Compute(StrEnum):
@@ -22,14 +30,15 @@ class RoutingKind(StrEnum):
 
 @dataclass(kw_only=True)
 class SizeConfig:
-    """The model, a deepseek_v3 with random weights. Timed compute uses hidden, experts, top_k, batch and sequence."""
+    """The model, a deepseek_v3 with random weights; with parallel=tensor a llama. Timed compute uses hidden, experts,
+    top_k, batch and sequence."""
 
     layers: int = 8
     """Decoder layers, each with a shared and routed experts."""
     hidden: int = 512
     """Width of the residual stream; a row of an exchange is 4 bytes times this."""
     heads: int = 8
-    """Attention heads of width 32."""
+    """Attention heads of width 32; with parallel=tensor of width hidden / heads, and hosts has to divide them."""
     experts: int = 8
     """Routed experts of all hosts together; hosts has to divide it."""
     top_k: int = 2
@@ -38,8 +47,10 @@ class SizeConfig:
     """Width of a routed expert."""
     shared_experts: int = 4
     """Width of the shared expert, in units of expert_width."""
+    mlp_width: int = 1024
+    """parallel=tensor: width of the dense MLP; hosts has to divide it."""
     batch: int = 2
-    """Sequences per host."""
+    """Sequences per host; with parallel=tensor all hosts have the same."""
     sequence: int = 320
     """Tokens per sequence."""
 
@@ -54,6 +65,8 @@ class TimedConfig:
     """Shared expert."""
     experts_ms: float = 9.0
     """Routed experts, for an even share of the rows."""
+    mlp_ms: float = 17.0
+    """parallel=tensor: the dense MLP."""
 
 
 @dataclass(kw_only=True)
@@ -74,13 +87,17 @@ class BenchOverlapConfig:
     """A rate from 100mbit to 1gbit: hosts are network namespaces joined by veth pairs with that rate (Linux, root).
     local: ranks over loopback, where there is nothing to gain. emulated: loopback, held back (no root)."""
     hosts: int = 2
-    """Hosts with one rank each; experts are spread over all of them."""
+    """Hosts with one rank each."""
+    parallel: Parallelism = Parallelism.experts
+    """experts: the experts of a MoE are spread over the hosts, every one of which has tokens of its own. tensor: the
+    sub-blocks of a dense model are cut over the hosts, which see the same tokens; wirings are ordinary, parallel and
+    ladder, and with real compute there is a third pass, decode."""
     compute: Compute = Compute.real
     """real: a transformers model on one core per rank. timed: sleeps in its place, which need no cores."""
     routing: RoutingKind = RoutingKind.balanced
     """balanced: every expert gets equally many tokens. skewed: those of the first host 1.5 times their share."""
     wirings: list[str] = field(default_factory=lambda: ["ordinary", "farskip"])
-    """Wirings to compare; ordinary is always there, because speed-ups are against it."""
+    """parallel=experts: wirings to compare; ordinary is always there, because speed-ups are against it."""
     chunks: int = 2
     """Parts into which the chunked variants cut the tokens of a layer; 1 leaves those variants out."""
     repeats: int = 12
@@ -102,6 +119,16 @@ class BenchOverlapConfig:
     timed: TimedConfig = field(default_factory=TimedConfig)
     emulated: EmulatedConfig = field(default_factory=EmulatedConfig)
 
+    @property
+    def blocking(self) -> str:
+        """The variant that speed-ups are against."""
+        return TENSOR + BLOCKING if self.parallel is Parallelism.tensor else BLOCKING
+
+    @property
+    def free(self) -> str:
+        """The variant without communication."""
+        return TENSOR + FREE if self.parallel is Parallelism.tensor else FREE
+
     def check(self) -> None:
         """Refuse what cannot run, before anything is started.
 
@@ -122,9 +149,16 @@ class BenchOverlapConfig:
             raise ValueError(
                 f"delay_limit={self.delay_limit} must be above 0; 0.05 rejects little and keeps figures fair"
             )
-        if self.size.experts % self.hosts:
+        cut = ("experts",) if self.parallel is Parallelism.experts else ("heads", "mlp_width")
+        for key in cut:
+            if getattr(self.size, key) % self.hosts:
+                raise ValueError(
+                    f"hosts={self.hosts} does not divide size.{key}={getattr(self.size, key)}: choose a divisor of it"
+                )
+        if self.parallel is Parallelism.tensor and self.size.hidden % (2 * self.size.heads):
             raise ValueError(
-                f"hosts={self.hosts} does not divide size.experts={self.size.experts}: choose a divisor of it"
+                f"size.hidden={self.size.hidden} is no multiple of twice size.heads={self.size.heads}, so heads have "
+                "no even width: change one"
             )
         for wiring in self.wirings:
             Wiring.named(wiring, self.size.layers)

@@ -5,3 +5,6 @@ BLOCKING = "ordinary_blocking"
 
 FREE = "no_communication"
 """The same stages without the exchanges: the bound."""
+
+TENSOR = "tp_"
+"""What the names of tensor-parallel variants begin with, these two among them."""

@@ -25,10 +25,11 @@ from farskip.launch.ranks import Ranks, run_on_local_ranks
 INTRO = """
 usage: farskip bench overlap [key=value ...]
 
-Times one forward, and one forward and backward step of a mixture-of-experts model with expert parallelism, blocking and
-overlapped, over a link that costs time: network namespaces joined by rate-limited veth pairs (as root, on Linux),
-loopback, or an emulated link. All variants run in turn in one job; repeats that were disturbed by other processes are
-rejected and counted; a variant that computes something else than its reference is not reported.
+Times one forward, and one forward and backward step of a mixture-of-experts model with expert parallelism, or of a
+dense model with tensor parallelism, blocking and overlapped, over a link that costs time: network namespaces joined by
+rate-limited veth pairs (as root, on Linux), loopback, or an emulated link. All variants run in turn in one job; repeats
+that were disturbed by other processes are rejected and counted; a variant that computes something else than its
+reference is not reported.
 """
 
 PASSES = ("forward", "forward_backward")

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from farskip.benchmarking import Gained, Repeat, Summary, gained, summarize
-from farskip.launch.bench_config import BenchOverlapConfig
-from farskip.launch.bench_names import BLOCKING, FREE
+from farskip.launch.bench_config import BenchOverlapConfig, Parallelism
 from farskip.launch.run_folder import write_text
 
 _COLUMNS = ("variant", "median ms", "p25", "p75", "clean", "rejected", "speedup", "hidden", "of windows")
@@ -21,7 +20,7 @@ _BAR, _BLOCKING_LINE, _FREE_LINE = "#4c72b0", "#c44e52", "#55a868"
 
 def report(config: BenchOverlapConfig, raw: Mapping[str, Any]) -> bool:
     """Print the table, write the files. Whether every variant is reported in every pass."""
-    rows = {name: _rows(of_pass, raw["allowed"][name]) for name, of_pass in raw["passes"].items()}
+    rows = {name: _rows(config, of_pass, raw["allowed"][name]) for name, of_pass in raw["passes"].items()}
     missing = dict(raw["not_reported"])
     for pass_name, of_pass in raw["passes"].items():
         for variant in of_pass:
@@ -55,7 +54,8 @@ def title(config: BenchOverlapConfig, pass_name: str) -> str:
     else:
         link = f"{link} (network namespaces on one machine)"
     compute = "sleeps instead of compute" if config.compute == "timed" else "real compute"
-    return f"{pass_name}: {config.hosts} hosts, {link}, {compute}, {config.routing} routing"
+    how = "tensor parallel" if config.parallel is Parallelism.tensor else f"{config.routing} routing"
+    return f"{pass_name}: {config.hosts} hosts, {link}, {compute}, {how}"
 
 
 def to_json(
@@ -87,6 +87,7 @@ def to_json(
     return {
         "link": config.link,
         "hosts": config.hosts,
+        "parallel": str(config.parallel),
         "compute": str(config.compute),
         "routing": str(config.routing),
         "passes": figures,
@@ -137,7 +138,7 @@ def draw(config: BenchOverlapConfig, rows: Mapping[str, Mapping[str, tuple[Summa
             [summary.p75_ms - summary.median_ms for summary in summaries],
         ]
         axes.barh(names, medians, xerr=spread, color=_BAR, ecolor="black", capsize=3, height=0.7)
-        for name, color in ((BLOCKING, _BLOCKING_LINE), (FREE, _FREE_LINE)):
+        for name, color in ((config.blocking, _BLOCKING_LINE), (config.free, _FREE_LINE)):
             if name in of_pass:
                 axes.axvline(of_pass[name][0].median_ms, color=color, linestyle="--", linewidth=1)
         for position, name in enumerate(names):
@@ -153,13 +154,15 @@ def draw(config: BenchOverlapConfig, rows: Mapping[str, Mapping[str, tuple[Summa
     return path
 
 
-def _rows(of_pass: Mapping[str, Any], allowed: Mapping[str, float]) -> dict[str, tuple[Summary, Gained]]:
+def _rows(
+    config: BenchOverlapConfig, of_pass: Mapping[str, Any], allowed: Mapping[str, float]
+) -> dict[str, tuple[Summary, Gained]]:
     summaries = {}
     for variant, repeats in of_pass.items():
         summary = summarize([Repeat(**repeat) for repeat in repeats])
         if summary is not None:
             summaries[variant] = summary
-    blocking, free = summaries.get(BLOCKING), summaries.get(FREE)
+    blocking, free = summaries.get(config.blocking), summaries.get(config.free)
     return {
         variant: (
             summary,

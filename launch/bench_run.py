@@ -11,17 +11,18 @@ import torch
 import torch.distributed as dist
 
 from farskip.benchmarking import Computed, Repeat, RunQueue, difference, interleave
-from farskip.launch.bench_config import BenchOverlapConfig, Compute
-from farskip.launch.bench_names import BLOCKING, FREE
-from farskip.launch.bench_variants import Kind, Variant, build_models, kinds
+from farskip.launch.bench_config import BenchOverlapConfig, Compute, Parallelism
+from farskip.launch.bench_tensor import RealTensorModels, TimedTensorModels, tensor_kinds
+from farskip.launch.bench_variants import Kind, RealModels, TimedModels, Variant, kinds
 from farskip.launch.ranks import Ranks
 from farskip.parallel.collectives import ProcessGroupLink
 from farskip.parallel.emulated_link import EmulatedLink
 from farskip.parallel.local_copy import LocalCopyLink
-from farskip.parallel.mesh import EP_AXIS, build_mesh
+from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, build_mesh
 from farskip.simulator import StageTimes, explain, simulate
 from farskip.stage_timer import StageTimer
 
+DECODE = "decode"
 _TUNING_STEPS = 2
 _SHOWN_LAYERS = range(1, 3)
 
@@ -40,8 +41,9 @@ class Bench:
         self._ranks = ranks
         self._say = say
         self._run_queue = RunQueue()
-        self._mesh = build_mesh(config.hosts)
-        group = self._mesh.get_group(EP_AXIS)
+        self._is_tensor = config.parallel is Parallelism.tensor
+        self._mesh = build_mesh(1, tp=config.hosts) if self._is_tensor else build_mesh(config.hosts)
+        group = axis_group(self._mesh, TP_AXIS if self._is_tensor else EP_AXIS)
         self._link: ProcessGroupLink = (
             EmulatedLink(
                 group,
@@ -52,11 +54,11 @@ class Bench:
             else ProcessGroupLink(group)
         )
         self._no_link = LocalCopyLink(group)
-        self._models = build_models(config, self._mesh, ranks.rank)
+        self._models = self._build_models()
         self.variants: dict[str, Variant] = {}
         self.not_reported: dict[str, str] = {}
         size = config.size
-        generator = torch.Generator().manual_seed(1000 + ranks.rank)
+        generator = torch.Generator().manual_seed(1000 + (0 if self._is_tensor else ranks.rank))
         self._gradient_BSD = torch.randn(size.batch, size.sequence, size.hidden, generator=generator)
 
     def close(self) -> None:
@@ -64,8 +66,17 @@ class Bench:
         if isinstance(self._link, EmulatedLink):
             self._link.close()
 
+    def _build_models(self) -> "RealModels | TimedModels | RealTensorModels | TimedTensorModels":
+        config, is_timed = self._config, self._config.compute is Compute.timed
+        if self._is_tensor:
+            return TimedTensorModels(config) if is_timed else RealTensorModels(config, self._mesh)
+        return TimedModels(config, self._ranks.rank) if is_timed else RealModels(config, self._mesh, self._ranks.rank)
+
     def run(self, passes: Sequence[str]) -> dict[str, Any]:
-        """Everything in order. What rank 0 writes down: repeats, what windows allow, stage times, what is missing."""
+        """Everything in order, `passes` and decode where there is one. What rank 0 writes down: repeats, what windows
+        allow, stage times, what is missing."""
+        if self._is_tensor and self._config.compute is Compute.real:
+            passes = [*passes, DECODE]
         self._build()
         times = self._tune()
         self._check()
@@ -82,17 +93,18 @@ class Bench:
                 name: {"forward": dict(of_one.forward), "backward": dict(of_one.backward)}
                 for name, of_one in times.items()
             },
-            "timelines": {name: self._timeline(name, times[name]) for name in times if name != BLOCKING},
+            "timelines": {name: self._timeline(name, times[name]) for name in times if name != self._config.blocking},
             "not_reported": self.not_reported,
             "run_queue_is_known": self._run_queue.is_known,
         }
 
     def _build(self) -> None:
-        for kind in kinds(self._config):
+        for kind in tensor_kinds() if self._is_tensor else kinds(self._config):
             self.variants[kind.name] = self._models.build(kind, self._link)
-        free = Kind(name=FREE, wiring="ordinary", schedule="serial")
-        self.variants[FREE] = self._models.build(free, self._no_link)
-        self._add_megatron()
+        free = Kind(name=self._config.free, wiring="ordinary", schedule="serial")
+        self.variants[free.name] = self._models.build(free, self._no_link)
+        if not self._is_tensor:
+            self._add_megatron()
 
     def _add_megatron(self) -> None:
         """The variants of the file that `config.megatron` names, or why there are none."""
@@ -121,7 +133,7 @@ class Bench:
         found = {}
         for name, variant in self.variants.items():
             executor = variant.executor
-            if executor is None or (executor.mode == "serial" and name != BLOCKING):
+            if executor is None or (executor.mode == "serial" and name != self._config.blocking):
                 continue
             mode, timer = executor.mode, StageTimer()
             executor.reschedule("serial", None)
@@ -132,8 +144,9 @@ class Bench:
             executor.observers.remove(timer)
             found[name] = self._agree(timer.times())
             executor.reschedule(mode, found[name])
-        self.variants[FREE].computed(self._gradient_BSD)
-        self._no_link.freeze()
+        self.variants[self._config.free].computed(self._gradient_BSD)
+        if not self._is_tensor:
+            self._no_link.freeze()
         return found
 
     def _check(self) -> None:
@@ -143,7 +156,9 @@ class Bench:
             RuntimeError: the variant that all others are compared with is wrong itself.
         """
         computed = {
-            name: variant.computed(self._gradient_BSD) for name, variant in self.variants.items() if name != FREE
+            name: variant.computed(self._gradient_BSD)
+            for name, variant in self.variants.items()
+            if name != self._config.free
         }
         for name in list(computed):
             variant = self.variants[name]
@@ -151,14 +166,15 @@ class Bench:
                 reference = computed.get(variant.reference)
                 what = difference(computed[name], reference, exact=variant.exact) if reference else "it is wrong itself"
             else:
-                whole = Computed(output=self._models.whole(name.rpartition("_")[0]))
+                whole = Computed(output=self._models.whole(variant.wiring))
                 what = difference(computed[name], whole, exact=False)
             reasons = [reason for reason in self._gather(what) if reason]
             if reasons:
                 self.not_reported[name] = f"{reasons[0]} from {variant.reference or 'the model on one rank'}"
                 del self.variants[name], computed[name]
-        if BLOCKING in self.not_reported:
-            raise RuntimeError(f"{BLOCKING}: {self.not_reported[BLOCKING]}; no figure would mean anything")
+        blocking = self._config.blocking
+        if blocking in self.not_reported:
+            raise RuntimeError(f"{blocking}: {self.not_reported[blocking]}; no figure would mean anything")
         for name, why in self.not_reported.items():
             self._say(f"{name}: not reported: {why}")
 
@@ -188,7 +204,12 @@ class Bench:
         gradient_BSD = self._gradient_BSD if pass_name == "forward_backward" else None
         dist.barrier()
         waited, start = self._run_queue.waited_ms(), time.perf_counter()
-        variant.run(gradient_BSD)
+        if pass_name == DECODE:
+            assert variant.decode is not None
+            with torch.no_grad():
+                variant.decode()
+        else:
+            variant.run(gradient_BSD)
         ms = 1e3 * (time.perf_counter() - start)
         waited = self._run_queue.waited_ms() - waited
         variant.drop_gradients()
@@ -198,10 +219,11 @@ class Bench:
         return Repeat(ms=float(slowest[0]), delay_share=share, is_clean=share <= self._config.delay_limit)
 
     def _allowed(self, pass_name: str, times: Mapping[str, StageTimes]) -> dict[str, float]:
-        """Per variant: the share of its communication that the windows of its schedule hide, by simulation."""
-        found = {}
+        """Per variant: the share of its communication that the windows of its schedule hide, by simulation. Stage times
+        are not those of decode, so nothing is said about that."""
+        found: dict[str, float] = {}
         for name, of_one in times.items():
-            if name == BLOCKING:
+            if name == self._config.blocking or pass_name == DECODE:
                 continue
             executor = self.variants[name].executor
             assert executor is not None

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from farskip.benchmarking import Computed, fixed_routing
 from farskip.executor import Executor
-from farskip.launch.bench_config import BenchOverlapConfig, Compute
+from farskip.launch.bench_config import BenchOverlapConfig
 from farskip.models.attach import attachment_of
 from farskip.models.family import backbone_of
 from farskip.models.fresh import build_model
@@ -34,7 +34,7 @@ from farskip.schedule import Segment
 from farskip.timed_blocks import SleepingSubBlocks, SleepTimes
 from farskip.wiring import Wiring
 
-_VOCABULARY = 512
+VOCABULARY = 512
 _HEAD_WIDTH, _ROTARY_WIDTH = 32, 16
 
 
@@ -50,6 +50,8 @@ class Variant:
         reference: the variant that it has to equal; empty if it has none.
         exact: whether it has to equal it bit for bit.
         around: entered for the time of a pass.
+        wiring: by which the model on one rank is wired that it is compared with where it has no reference.
+        decode: one more token per sequence, with a cache; None where there is no such pass.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Variant:
     reference: str = ""
     exact: bool = True
     around: Callable[[], AbstractContextManager[None]] = nullcontext
+    wiring: str = ""
+    decode: Callable[[], torch.Tensor] | None = None
 
     def run(self, gradient_BSD: torch.Tensor | None) -> torch.Tensor:
         """One pass: forward and backward, or only forward where no gradient is given."""
@@ -122,7 +126,7 @@ class RealModels:
         self._mesh = mesh
         self._hook = fixed_routing(config.routing, size.experts, config.hosts)
         generator = torch.Generator().manual_seed(rank)
-        self.ids_BS = torch.randint(_VOCABULARY, (size.batch, size.sequence), generator=generator)
+        self.ids_BS = torch.randint(VOCABULARY, (size.batch, size.sequence), generator=generator)
 
     def build(self, kind: Kind, link: ProcessGroupLink) -> Variant:
         """One variant. A collective."""
@@ -161,7 +165,7 @@ class RealModels:
             "v_head_dim": _HEAD_WIDTH,
             "max_position_embeddings": max(size.sequence, 1),
         }
-        model = build_model("deepseek_v3", settings, vocab_size=_VOCABULARY, end_of_document_id=0, seed=0)
+        model = build_model("deepseek_v3", settings, vocab_size=VOCABULARY, end_of_document_id=0, seed=0)
         return model.train()
 
     def _variant(self, kind: Kind, model: Any) -> Variant:
@@ -180,6 +184,7 @@ class RealModels:
             executor=attachment.executor,
             reference=kind.reference,
             exact=kind.chunks == 1,
+            wiring=kind.wiring,
         )
 
 
@@ -239,9 +244,5 @@ class TimedModels:
             executor=executor,
             reference=kind.reference,
             exact=kind.chunks == 1,
+            wiring=kind.wiring,
         )
-
-
-def build_models(config: BenchOverlapConfig, mesh: DeviceMesh, rank: int) -> RealModels | TimedModels:
-    """What `config.compute` asks for."""
-    return TimedModels(config, rank) if config.compute is Compute.timed else RealModels(config, mesh, rank)

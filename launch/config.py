@@ -31,7 +31,17 @@ class Recompute(StrEnum):
     """Which activations are thrown away in forward and computed again in backward."""
 
     none = "none"
+    selective = "selective"
     full = "full"
+
+
+class Kernels(StrEnum):
+    """What routers and routed experts run on."""
+
+    auto = "auto"
+    triton = "triton"
+    reference = "reference"
+    off = "off"
 
 
 @dataclass(kw_only=True)
@@ -69,9 +79,16 @@ class ParallelConfig:
     chunks: int = 1
     """Parts into which each layer's tokens are cut on their way, so that exchanges also hide under routed experts."""
     recompute: Recompute = Recompute.none
-    """none, or full: keep only the residual streams between segments and compute the rest again in backward."""
+    """none. selective: attention core, MLP and experts keep only their inputs; no exchange is repeated. full: keep only
+    the residual streams between segments, and compute and exchange the rest again in backward."""
     recompute_layers: int = 2
-    """Layers per recomputed segment; nothing is in flight between segments."""
+    """recompute=full: layers per recomputed segment; nothing is in flight between segments."""
+    capacity: int = 0
+    """Rows that an expert takes from one rank, layer and chunk; later ones are dropped. Then ranks exchange no counts
+    and the host waits for none. 0: no limit, nothing is dropped."""
+    kernels: Kernels = Kernels.auto
+    """Fused kernels for routers and routed experts. auto: on CUDA in bf16; triton: or an error that says why not;
+    reference: their plain-torch twins, on any device; off: transformers' own code."""
     link: LinkConfig = field(default_factory=LinkConfig)
 
     def check(self) -> None:
@@ -80,7 +97,8 @@ class ParallelConfig:
         Raises:
             ValueError: one line with the key, its value and the bound.
         """
-        for key, value, low in (("ep", self.ep, 0), ("recompute_layers", self.recompute_layers, 1)):
+        lowest = {"ep": 0, "chunks": 1, "recompute_layers": 1, "capacity": 0}
+        for key, value, low in ((key, getattr(self, key), low) for key, low in lowest.items()):
             if value < low:
                 raise ValueError(f"parallel.{key}={value} is too small; use at least {low}")
         if not self.link.bandwidth_gbit_s > 0:

@@ -20,10 +20,12 @@ from farskip.launch.config import BalanceConfig, LinkConfig, LinkKind, ParallelC
 from farskip.launch.ranks import Ranks
 from farskip.launch.run_folder import write_config, write_text
 from farskip.models.attach import attachment_of, layers_of
-from farskip.models.balancing import balance_model
+from farskip.models.balancing import DroppedRows, balance_model
+from farskip.models.kernels import kernels_line, use_kernels
 from farskip.models.language_model import HFLanguageModel
 from farskip.models.parallelize import parallelize, tune_schedule
 from farskip.models.pretrained import save
+from farskip.models.recompute import recompute_stages
 from farskip.models.surgery import rewire, wiring_of
 from farskip.optimizer import build_optimizer
 from farskip.parallel.collectives import ProcessGroupLink
@@ -37,7 +39,7 @@ from farskip.simulator import StageTimes, explain
 from farskip.trace import inspect
 from farskip.trainer import CHECKPOINTS, StopReason, TrainResult, train
 from farskip.training_config import TrainingConfig
-from farskip.training_protocols import Communicator, Objective, SingleProcess
+from farskip.training_protocols import Balancer, Communicator, Objective, SingleProcess
 from farskip.training_state import tensors_to_fill
 from farskip.wiring import Wiring
 
@@ -93,9 +95,16 @@ def prepare(
     if attachment_of(model) is None:
         rewire(model, wiring_of(model))
     if mesh is not None:
-        parallelize(model, mesh, parallel.schedule.value, link=build_link(parallel.link, mesh), chunks=parallel.chunks)
+        link = build_link(parallel.link, mesh)
+        capacity = parallel.capacity or None
+        parallelize(model, mesh, parallel.schedule.value, link=link, chunks=parallel.chunks, capacity=capacity)
+    use_kernels(model, parallel.kernels.value)
+    if ranks.rank == 0 and not frozen:
+        print(kernels_line(model, parallel.kernels.value), flush=True)
     attachment = attachment_of(model)
     assert attachment is not None
+    if parallel.recompute is Recompute.selective and not frozen:
+        recompute_stages(model)
     if parallel.recompute is Recompute.full and not frozen:
         _checkpoint_activations(model)
         attachment.checkpoint_layers = parallel.recompute_layers
@@ -108,7 +117,7 @@ def prepare(
             sharded=attachment.sharded_experts,
             links=[dispatcher.link] if dispatcher is not None else [],
         )
-    balancer = None
+    balancer: Balancer | None = None
     if not frozen:
         balancer = balance_model(
             model,
@@ -116,6 +125,8 @@ def prepare(
             bias_rate=balance.bias_rate,
             sum_over_ranks=communicator.all_reduce_sum,
         )
+        if mesh is not None and dispatcher is not None and dispatcher.capacity is not None:
+            balancer = DroppedRows(dispatcher, balancer, communicator.all_reduce_sum)
     return Prepared(model=model, language_model=HFLanguageModel(model), communicator=communicator, balancer=balancer)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from farskip.launch.config import RunConfig
+from farskip.launch.device_queues import overlap_warnings, prefer_collectives
 from farskip.launch.main import USER_MISTAKE
 from farskip.launch.quiet import quiet_libraries
 
@@ -92,6 +93,9 @@ def _process_group(
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+        prefer_collectives(os.environ)
+        for line in overlap_warnings(os.environ) if rank == 0 else []:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
     timeout = timedelta(seconds=run.timeout_s)
     shared_store, rank, world_size = next(dist.rendezvous(init_method, rank, world_size, timeout=timeout))
     # The runs of a multirun share one store: without a prefix a rank could read the address of the run before.

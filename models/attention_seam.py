@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from farskip.stage import Seam
 
 _PREFIX = "farskip_"
 _SEAM = "_farskip_seam"
 _AFTER_CORE = "_farskip_after_core"
+_RECOMPUTE = "_farskip_recompute_core"
 
 
 AfterCore = Callable[[torch.Tensor], torch.Tensor]
@@ -46,6 +48,16 @@ class seam_set:  # noqa: N801 - used as a function
 
     def __exit__(self, *exception: object) -> None:
         del self._attributes[_SEAM]
+
+
+@contextmanager
+def core_recomputed(attention: nn.Module) -> Iterator[None]:
+    """Have this attention keep only query, key and value of its core and run the core again in backward."""
+    attention.__dict__[_RECOMPUTE] = True
+    try:
+        yield
+    finally:
+        del attention.__dict__[_RECOMPUTE]
 
 
 @contextmanager
@@ -119,7 +131,12 @@ def _seamed(name: str) -> Callable[..., Any]:
             call = outside_graphs if torch.compiler.is_compiling() else _call
             query, key, value = call(seam, query, key, value)
         core = AttentionInterface().get_interface(name, _eager_of(module))
-        output_BSHV, weights = core(module, query, key, value, attention_mask, **arguments)
+        if _RECOMPUTE in module.__dict__ and torch.is_grad_enabled():
+            output_BSHV, weights = checkpoint(
+                core, module, query, key, value, attention_mask, use_reentrant=False, **arguments
+            )
+        else:
+            output_BSHV, weights = core(module, query, key, value, attention_mask, **arguments)
         after_core = module.__dict__.get(_AFTER_CORE)
         return (output_BSHV if after_core is None else after_core(output_BSHV)), weights
 

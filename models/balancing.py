@@ -1,10 +1,15 @@
 """Load balancing attached to a model: its executor's routing hook, with the family's score function and biases."""
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from farskip.balance import RouterBalance, SumOverRanks
 from farskip.models.attach import attachment_of, layers_of
 from farskip.models.family import family_of_model
+from farskip.parallel.dispatcher import AllToAllDispatcher
+from farskip.training_protocols import Balancer
 
 
 def balance_model(
@@ -44,3 +49,30 @@ def balance_model(
     )
     attachment.executor.routing_hook = balance
     return balance
+
+
+class DroppedRows:
+    """Reports what a dispatcher with a capacity drops, besides what a balancer reports. Itself a `Balancer`.
+
+    Args:
+        dispatcher: the one with the capacity.
+        balancer: the router's balancer, if there is one.
+        sum_over_ranks: sums a tensor over all ranks.
+    """
+
+    def __init__(self, dispatcher: AllToAllDispatcher, balancer: Balancer | None, sum_over_ranks: SumOverRanks) -> None:
+        self._dispatcher = dispatcher
+        self._balancer = balancer
+        self._sum = sum_over_ranks
+
+    def set_scale(self, scale: float) -> None:
+        """See `Balancer.set_scale`."""
+        if self._balancer is not None:
+            self._balancer.set_scale(scale)
+
+    def update(self) -> Mapping[str, float]:
+        """See `Balancer.update`; adds ``dispatch/dropped_share``, dropped rows over all rows. A collective."""
+        metrics = dict(self._balancer.update()) if self._balancer is not None else {}
+        dropped, total = self._sum(torch.tensor(self._dispatcher.take_dropped(), dtype=torch.float64)).tolist()
+        metrics["dispatch/dropped_share"] = dropped / total if total else 0.0
+        return metrics

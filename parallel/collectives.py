@@ -13,13 +13,19 @@ import torch
 import torch.distributed as dist
 
 from farskip.pending import Pending, Work
+from farskip.wait_meter import WaitMeter
 
 
 class Link(Protocol):
-    """Starts exchanges between the ranks of one group."""
+    """Starts exchanges between the ranks of one group.
+
+    Attributes:
+        meter: sums how long compute stood still for exchanges of this link.
+    """
 
     rank: int
     size: int
+    meter: WaitMeter
 
     def all_to_all(
         self,
@@ -39,10 +45,6 @@ class Link(Protocol):
         """Start sending row r of an int64 tensor [size, n] to rank r; the result is what came from each rank."""
         ...
 
-    def waited(self, seconds: float) -> None:
-        """Called with the time that the host stood still waiting for an exchange of this link."""
-        ...
-
 
 class ProcessGroupLink:
     """The link of a torch.distributed process group (gloo or NCCL).
@@ -55,7 +57,7 @@ class ProcessGroupLink:
         self._group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self.waited_s = 0.0
+        self.meter = WaitMeter()
 
     def all_to_all(
         self,
@@ -77,11 +79,7 @@ class ProcessGroupLink:
         """See `Link.exchange_counts`."""
         received, one_row = torch.empty_like(counts), (1,) * self.size
         work = self.all_to_all(received, counts, one_row, one_row)
-        return Pending(received, work, keep=(counts,), on_waited=self.waited)
-
-    def waited(self, seconds: float) -> None:
-        """See `Link.waited`; adds to `waited_s`."""
-        self.waited_s += seconds
+        return Pending(received, work, keep=(counts,), meter=self.meter)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +107,7 @@ class AllToAll:
         """
         output = tensor.new_empty((sum(self.output_splits), *tensor.shape[1:]))
         work = self.link.all_to_all(output, tensor, self.output_splits, self.input_splits)
-        return Pending(output, work, keep=(tensor,), on_waited=self.link.waited)
+        return Pending(output, work, keep=(tensor,), meter=self.link.meter)
 
     def reverse(self) -> Self:
         """The exchange that carries rows, or their gradients, back."""

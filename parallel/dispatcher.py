@@ -1,9 +1,9 @@
 """Token dispatch by all-to-all: every token to the ranks that hold its experts, and back.
 
 The rows of a rank stand by expert (`farskip.triton_kernels.dispatch_map`), and experts lie in order on the ranks, so
-each destination is one stretch of rows. Weights never travel: a weight on an expert's output is applied where the rows come
-back, one on its input before they leave, as in the unsharded model. Permutations are gathers in both directions, never
-scatter-adds, so sums have a fixed order.
+each destination is one stretch of rows. Weights never travel: a weight on an expert's output is applied where the rows
+come back, one on its input before they leave, as in the unsharded model. Permutations are gathers in both directions,
+never scatter-adds, so sums have a fixed order.
 
 How many rows go where is known in one of two ways:
 
@@ -75,18 +75,21 @@ class AllToAllDispatcher:
         self.capacity = capacity
         self.backend = backend
         self._dropped: torch.Tensor | None = None
+        self._num_slots = 0
 
     def backend_on(self, tensor: torch.Tensor) -> str:
         """Which implementation copies rows like this tensor: ``triton`` or ``reference``."""
         return choose_backend(self.backend, tensor)
 
-    def take_num_dropped(self) -> int:
-        """Slots beyond the capacity since the last call; a layer that is recomputed counts twice.
+    def take_dropped(self) -> tuple[int, int]:
+        """Slots beyond the capacity, and all slots, of training passes since the last call.
 
+        Note: layers that are recomputed with their exchanges count twice.
         Note: synchronizes the host.
         """
-        dropped, self._dropped = self._dropped, None
-        return 0 if dropped is None else int(dropped)
+        dropped, num_slots = (0 if self._dropped is None else int(self._dropped)), self._num_slots
+        self._dropped, self._num_slots = None, 0
+        return dropped, num_slots
 
     def prepare(self, normed_BSD: torch.Tensor, routing: Routing) -> list[tuple[torch.Tensor, RowsPlan]]:
         """Bring the rows of every chunk into the order of their experts, and settle who gets how many.
@@ -196,7 +199,9 @@ class AllToAllDispatcher:
         rows_R = torch.arange(num_rows, device=device, dtype=dst_S1.dtype)
         dst_S1.scatter_(0, torch.where(src_R >= 0, src_R, num_slots).long(), rows_R)
         dst_TK = dst_S1[:num_slots].view_as(dispatch.dst)
-        self._dropped = (dst_TK < 0).sum() + (0 if self._dropped is None else self._dropped)
+        if torch.is_grad_enabled():
+            self._dropped = (dst_TK < 0).sum() + (0 if self._dropped is None else self._dropped)
+            self._num_slots += num_slots
         ends_E = torch.arange(1, num_experts + 1, device=device, dtype=dispatch.offsets.dtype) * self.capacity
         return DispatchMap(
             counts=dispatch.counts,

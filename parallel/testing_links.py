@@ -14,6 +14,7 @@ import torch
 
 from farskip.parallel.collectives import ProcessGroupLink
 from farskip.pending import Pending, Work
+from farskip.wait_meter import WaitMeter
 
 Delay = Callable[[], int]
 """After how many further calls of the link an exchange is delivered; waiting delivers it at once."""
@@ -51,6 +52,7 @@ class FakeLink:
     size = 1
 
     def __init__(self, delay: Delay = at_wait) -> None:
+        self.meter = WaitMeter()
         self.lost = 0
         self.num_exchanges = 0
         self.in_flight: list[_Exchange] = []
@@ -89,9 +91,6 @@ class FakeLink:
         self.tick()
         self.in_flight.append(_Exchange(self, received, weakref.ref(counts), self._delay()))
         return Pending(received, self.in_flight[-1], keep=(counts,))
-
-    def waited(self, seconds: float) -> None:
-        """See `Link.waited`."""
 
     def tick(self) -> None:
         """Time passes: deliver what is due, in order."""

@@ -201,3 +201,21 @@ def test_no_communication_is_no_division_by_zero(tmp_path: Path) -> None:
     none = Overlap(schedule="serial", step_ms=(1.0,), communication_ms=0.0, hidden_ms=0.0, exposed_ms=0.0)
     text = write_conversion_report(tmp_path, CLEAR, "ladder", link="x", overlaps=(none, none)).read_text()
     assert "| serial | 1, 1 - 1 | 0 | 0 | 0 | - |" in text
+
+
+@pytest.mark.parametrize("evaluations", [0, 1, 3])
+def test_a_choice_by_the_held_out_text_is_said(evaluations: int, tmp_path: Path) -> None:
+    run = write_metrics(tmp_path / "distill", kl=True)
+    rows = [{"step": 1, "loss": 1.0, "kl": 1.0}] * 3
+    for row in range(evaluations):
+        rows[row] = rows[row] | {
+            "heldout_kl": 0.5,
+            "heldout_kl_ci95": 0.01,
+            "heldout_cross_entropy": 2.0,
+            "heldout_cross_entropy_ci95": 0.1,
+        }
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = write_conversion_report(tmp_path, CLEAR, "farskip", metrics={"distill": run}).read_text()
+    sentence = f"The repaired model is the best of {evaluations} evaluations on this held-out text"
+    assert (sentence in text) == (evaluations > 1)
+    assert ("is the best of" in text) == (evaluations > 1)

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-from farskip.models.attach import attachment_of
-from farskip.models.balancing import balance_model
-from farskip.models.surgery import rewire
+from farskip.executor import Executor
+from farskip.models.attach import attach, attachment_of, layers_of
+from farskip.models.balancing import DroppedRows, balance_model
+from farskip.models.family import family_of_model
+from farskip.models.surgery import rewire, wiring_of
 from farskip.models.testing_models import FAMILIES, NUM_EXPERTS, TOP_K, run_backward, tiny_model, token_ids
+from farskip.parallel.dispatcher import AllToAllDispatcher
+from farskip.parallel.testing_links import FakeLink
 
 
 def alone(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,3 +87,29 @@ def test_a_model_without_experts(family: str) -> None:
     model = rewire(tiny_model(family, **dense), "farskip")
     with pytest.raises(ValueError, match="the model has no routed experts"):
         balance_model(model, aux_coefficient=0.1, bias_rate=0.0, sum_over_ranks=alone)
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 1000])
+def test_what_a_capacity_drops_is_reported(capacity: int) -> None:
+    """Counted by hand from the routers' choices; evaluation does not count, and other metrics stay."""
+    model = rewire(tiny_model("deepseek_v3"), "farskip")
+    family = family_of_model(model)
+    dispatcher = AllToAllDispatcher(FakeLink(), NUM_EXPERTS, capacity=capacity)
+    executor = Executor(
+        [family.sub_blocks(layer) for layer in layers_of(model)], wiring_of(model), dispatcher=dispatcher
+    )
+    attach(model, executor)
+    balancer = balance_model(model, aux_coefficient=0.0, bias_rate=0.5, sum_over_ranks=alone)
+    assert balancer is not None
+    report = DroppedRows(dispatcher, balancer, alone)
+    report.set_scale(1.0)
+    with torch.no_grad():
+        model(token_ids(2, 12))
+    run_backward(model, token_ids(2, 12), use_cache=False)
+    loads = list(balancer._counts.values())
+    dropped = sum(int((load_E - capacity).clamp(min=0).sum()) for load_E in loads)
+    metrics = report.update()
+    assert metrics["dispatch/dropped_share"] == pytest.approx(dropped / (3 * 2 * 12 * TOP_K))
+    assert (dropped > 0) == (capacity < 1000)
+    assert "balance/max_load" in metrics
+    assert DroppedRows(dispatcher, None, alone).update() == {"dispatch/dropped_share": 0.0}

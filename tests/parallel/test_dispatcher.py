@@ -92,7 +92,9 @@ def compare(dispatcher: AllToAllDispatcher, tokens: int, top_k: int, experts_TK:
     for ours, theirs in zip(*outputs, strict=True):
         if theirs is not None or tokens:
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    assert dispatcher.take_num_dropped() == int((~kept).sum())
+    num_slots = kept.numel() if dispatcher.capacity is not None else 0
+    assert dispatcher.take_dropped() == (int((~kept).sum()), num_slots)
+    assert dispatcher.take_dropped() == (0, 0), "taken is taken"
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3])

@@ -1,0 +1,39 @@
+"""How long compute stood still for communication.
+
+On CPU the host itself waits, so the host's clock tells. On CUDA a wait returns at once and the stream stands still
+later: two events around it tell, and are read only when somebody asks.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+class WaitMeter:
+    """Sums the stand-stills of one rank."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def timed(self, wait: Callable[[], object], device: torch.device) -> None:
+        """Call `wait`, and count how long it keeps a device's current stream, or on CPU the host."""
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            wait()
+            end.record()
+            self._stalls.append((begin, end))
+        else:
+            start = time.perf_counter()
+            wait()
+            self._seconds += time.perf_counter() - start
+
+    def seconds(self) -> float:
+        """Seconds since the meter was made. Note: waits for what was launched on CUDA up to the last `timed`."""
+        for begin, end in self._stalls:
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1e3
+        self._stalls.clear()
+        return self._seconds
