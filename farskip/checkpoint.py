@@ -268,7 +268,7 @@ class CheckpointStore:
             message = f"rank {self._communicator.rank}: {_one_line(error)}"
         failed_R = torch.zeros(self._communicator.world_size, dtype=torch.float64, device=self._device)
         failed_R[self._communicator.rank] = bool(message)
-        failed_R = self._communicator.all_reduce_sum(failed_R)
+        failed_R = self._communicator.sum_over_processes(failed_R)
         if failed_R.any():
             ranks = ", ".join(str(rank) for rank in failed_R.nonzero().flatten().tolist())
             raise RuntimeError(

@@ -120,6 +120,7 @@ def build_data(
     rank: int,
     world_size: int,
     barrier: Callable[[], None],
+    packs: bool | None = None,
 ) -> TextData:
     """Read, tokenize and pack the text, or find it packed from an earlier run.
 
@@ -128,7 +129,9 @@ def build_data(
         tokenizer: from build_tokenizer; equal on every rank.
         rank: this rank among those that split the data, 0 <= rank < world_size.
         world_size: number of those ranks.
-        barrier: returns when every rank has called it; called exactly once, also when rank 0 fails.
+        barrier: returns when every rank has called it; called exactly once, also when packing fails.
+        packs: whether this process does the work; None: if its rank is 0. Several processes of one rank, which see the
+            same data, have one that does.
 
     Returns:
         This rank's view of the data.
@@ -140,7 +143,7 @@ def build_data(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} must be at least 0 and below world_size={world_size}")
     notice = _notice_path(config, tokenizer)
-    if rank == 0:
+    if packs if packs is not None else rank == 0:
         try:
             packed = pack_text(config, tokenizer)
             _announce(notice, {"folder": packed.folder.name})

@@ -167,8 +167,8 @@ def _sequence_sums(
 
 
 def _check_equal_counts(num_batches: int, communicator: Communicator, device: torch.device) -> None:
-    counts_R = torch.zeros(communicator.world_size, dtype=torch.float64, device=device)
-    counts_R[communicator.rank] = num_batches
+    counts_R = torch.zeros(communicator.data_size, dtype=torch.float64, device=device)
+    counts_R[communicator.data_rank] = num_batches
     counts = [int(n) for n in communicator.all_reduce_sum(counts_R).tolist()]
     if min(counts) != max(counts) or counts[0] == 0:
         raise ValueError(
@@ -179,10 +179,10 @@ def _check_equal_counts(num_batches: int, communicator: Communicator, device: to
 
 def _gather(rows_n4: Tensor, communicator: Communicator) -> Tensor:
     """All ranks' rows, rank by rank, equal on every rank: a sum in which each rank fills its own place."""
-    counts_R = rows_n4.new_zeros(communicator.world_size)
-    counts_R[communicator.rank] = rows_n4.shape[0]
+    counts_R = rows_n4.new_zeros(communicator.data_size)
+    counts_R[communicator.data_rank] = rows_n4.shape[0]
     counts = [int(n) for n in communicator.all_reduce_sum(counts_R).tolist()]
-    start = sum(counts[: communicator.rank])
+    start = sum(counts[: communicator.data_rank])
     all_rows_N4 = rows_n4.new_zeros(sum(counts), rows_n4.shape[1])
     all_rows_N4[start : start + rows_n4.shape[0]] = rows_n4
     return communicator.all_reduce_sum(all_rows_N4).cpu()

@@ -22,10 +22,11 @@ import torch
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from farskip.async_autograd import Ended, InFlight, mark_backward
+from farskip.reduced_residual import ReducedResidual
 from farskip.residual import GATE, MLP_NORM, ROWS, Residual, stream_uses
 from farskip.schedule import Do, Instruction, Schedule, Segment
 from farskip.simulator import StageTimes, choose_schedule
-from farskip.stage import Dispatcher, DispatchPlan, Routing, SubBlocks
+from farskip.stage import Dispatcher, DispatchPlan, Routing, SubBlocks, TensorParallel
 from farskip.stage_graph import (
     ATTENTION_CORE,
     ATTENTION_IN,
@@ -33,6 +34,7 @@ from farskip.stage_graph import (
     DISPATCH,
     EXPERTS,
     MERGE,
+    REDUCTIONS,
     ROUTE,
     Key,
     build_stage_graph,
@@ -62,6 +64,7 @@ class Executor:
         sub_blocks: one entry per layer.
         wiring: what the sub-blocks leave out.
         dispatcher: sends rows between ranks; None when all experts lie on this rank.
+        tensor_parallel: the ranks over which the sub-blocks are cut; None when they are whole.
         mode: ``serial`` or ``overlapped``.
         times: stage times by which the overlapped schedule is chosen.
 
@@ -75,17 +78,22 @@ class Executor:
         wiring: Wiring,
         *,
         dispatcher: Dispatcher | None = None,
+        tensor_parallel: TensorParallel | None = None,
         mode: str = "overlapped",
         times: StageTimes | None = None,
     ) -> None:
         self.sub_blocks = tuple(sub_blocks)
         self.wiring = wiring
         self.dispatcher = dispatcher
+        self.tensor_parallel = tensor_parallel
         self.mode = mode
         self.times = times
         self.inputs = wiring.resolve([block.blocks for block in self.sub_blocks])
         self.graph = build_stage_graph(
-            self.inputs, expert_parallel=dispatcher is not None, chunks=dispatcher.chunks if dispatcher else 1
+            self.inputs,
+            expert_parallel=dispatcher is not None,
+            chunks=dispatcher.chunks if dispatcher else 1,
+            tensor_parallel=tensor_parallel is not None,
         )
         self.uses = stream_uses(self.inputs)
         self.observers: list[Observer] = []
@@ -144,7 +152,9 @@ class Executor:
         def run(x_BSD: torch.Tensor, n_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal runs
             runs += 1
-            return _SegmentRun(self, steps, segment, x_BSD, n_BSD, arguments, recomputing=runs > 1).run()
+            return _SegmentRun(
+                self, steps, segment, x_BSD, n_BSD, arguments, recomputing=runs > 1, serial=schedule.mode == "serial"
+            ).run()
 
         if not recompute:
             return run(x_BSD, n_BSD)
@@ -166,21 +176,21 @@ class _SegmentRun:
         arguments: Arguments,
         *,
         recomputing: bool,
+        serial: bool,
     ) -> None:
         self._executor = executor
         self._steps = steps
         self._position = 0
         self._arguments = arguments
         self._recomputing = recomputing
-        self._residual = Residual(
-            executor.inputs,
-            executor.uses,
-            segment.start,
-            segment.stop,
-            x_BSD,
-            n_BSD,
-            fixed_order=executor.graph.has_collectives,
-        )
+        self._residual: Any
+        stream = (executor.inputs, executor.uses, segment.start, segment.stop, x_BSD, n_BSD)
+        if executor.tensor_parallel is None:
+            self._residual = Residual(*stream, fixed_order=executor.graph.has_collectives)
+        else:
+            self._residual = ReducedResidual(
+                executor.graph, *stream, ranks=executor.tensor_parallel, blocking=serial, notify=self._notify
+            )
         self._routing: dict[int, Routing] = {}
         self._plans: dict[int, list[DispatchPlan]] = {}
         self._shape_BSD = x_BSD.shape
@@ -217,6 +227,9 @@ class _SegmentRun:
     # collectives
 
     def _launch(self, key: Key) -> None:
+        if key.stage in REDUCTIONS:
+            self._residual.launch(key)
+            return
         plan = self._plans[key.layer][key.chunk]
         collective = plan.collective if key.stage == DISPATCH else plan.collective.reverse()
         in_flight = InFlight(collective, self._notify(key))
@@ -224,6 +237,9 @@ class _SegmentRun:
         self._rows[key] = in_flight.launch(self._rows.pop(key))
 
     def _wait(self, key: Key) -> None:
+        if key.stage in REDUCTIONS:
+            self._residual.wait(key)
+            return
         self._rows[key] = self._in_flight.pop(key).wait(self._rows.pop(key))
 
     # stages
@@ -286,7 +302,7 @@ class _SegmentRun:
         executor, layer = self._executor, key.layer
         source = executor.inputs[layer].source(ROUTED)
         ended = self._begin(key)
-        for_gate_BSD, for_rows_BSD = self._normed(key, source, GATE, ROWS)
+        for_gate_BSD, for_rows_BSD = map(self._share, self._normed(key, source, GATE, ROWS))
         routing = executor.sub_blocks[layer].route(for_gate_BSD)
         if executor.routing_hook is not None:
             routing = executor.routing_hook(layer, routing, self._recomputing)
@@ -298,7 +314,7 @@ class _SegmentRun:
             after = [Key(layer, DISPATCH, chunk) for chunk in range(len(chunks))]
         *rows, weights_TK = self._mark_outputs(key, *rows, routing.weights_TK)
         self._rows.update(zip(after, rows, strict=True))
-        self._routing[layer] = replace(routing, weights_TK=weights_TK)
+        self._routing[layer] = routing if weights_TK is routing.weights_TK else replace(routing, weights_TK=weights_TK)
         ended()
 
     def _experts(self, key: Key) -> None:
@@ -306,7 +322,12 @@ class _SegmentRun:
         ended = self._begin(key)
         if self._executor.dispatcher is None:
             (normed_BSD,) = self._mark_inputs(key, self._rows.pop(key))
-            (output_BSD,) = self._mark_outputs(key, block.routed(normed_BSD, self._routing.pop(key.layer)))
+            routing = self._routing.pop(key.layer)
+            if normed_BSD.numel():
+                output_BSD = block.routed(normed_BSD, routing)
+            else:  # a share of no token
+                output_BSD = block.expert_rows(normed_BSD[0], routing.experts_TK.reshape(-1))
+            (output_BSD,) = self._mark_outputs(key, self._widened(output_BSD))
             self._residual.put(key.layer, ROUTED, output_BSD)
         else:
             (rows_RD,) = self._mark_inputs(key, self._rows.pop(key._replace(stage=DISPATCH)))
@@ -321,9 +342,32 @@ class _SegmentRun:
         ended = self._begin(key)
         rows = self._mark_inputs(key, *(self._rows.pop(Key(key.layer, COMBINE, chunk)) for chunk in range(len(plans))))
         output_TD = self._executor.dispatcher.merge(rows, self._routing.pop(key.layer), plans)
-        (output_BSD,) = self._mark_outputs(key, output_TD.view(self._shape_BSD))
+        (output_BSD,) = self._mark_outputs(key, self._widened(output_TD))
         ended()
         self._residual.put(key.layer, ROUTED, output_BSD)
+
+    # routed experts under tensor parallelism: each rank routes its share of the tokens
+
+    def _share(self, normed_BSD: torch.Tensor) -> torch.Tensor:
+        """The tokens that this rank routes; all of them without tensor parallelism."""
+        if self._executor.tensor_parallel is None:
+            return normed_BSD
+        start, stop, total = self._tokens()
+        return normed_BSD.reshape(1, total, -1)[:, start:stop]
+
+    def _widened(self, output: torch.Tensor) -> torch.Tensor:
+        """The routed output of this rank's share, zero for the tokens of the others."""
+        if self._executor.tensor_parallel is None:
+            return output.view(self._shape_BSD)
+        start, stop, total = self._tokens()
+        rows_TD = output.reshape(stop - start, self._shape_BSD[-1])
+        return torch.nn.functional.pad(rows_TD, (0, 0, start, total - stop)).view(self._shape_BSD)
+
+    def _tokens(self) -> tuple[int, int, int]:
+        """First, one past the last, and how many there are."""
+        ranks, total = self._executor.tensor_parallel, self._shape_BSD[:-1].numel()
+        assert ranks is not None
+        return total * ranks.rank // ranks.size, total * (ranks.rank + 1) // ranks.size, total
 
     # observation: free when nobody looks
 

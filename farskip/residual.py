@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 
 from farskip.async_autograd import fan_out
+from farskip.chain import MLP_NORM as MLP_NORM
 from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, LayerInputs, Source
 
-MLP_NORM, GATE, ROWS = "mlp_norm", "gate", "rows"
+GATE, ROWS = "gate", "rows"
 _ADD_Y, _ADD_X, _ADD_N, _OUT = "add_y", "add_x", "add_n", "out"
 _NORMED = "normed_"
 
@@ -136,8 +137,10 @@ class Residual:
 
     def _offer(self, value: Value, tensor: torch.Tensor) -> None:
         uses = (_OUT,) if value.layer == self._stop else self._uses[value]
-        aliases = fan_out(tensor, len(uses)) if self._fixed_order else (tensor,) * len(uses)
-        self._aliases[value] = dict(zip(uses, aliases, strict=True))
+        if self._fixed_order:
+            self._aliases[value] = dict(zip(uses, fan_out(tensor, len(uses)), strict=True))
+        else:
+            self._aliases[value] = dict.fromkeys(uses, tensor)
 
     def _take(self, value: Value, use: str) -> torch.Tensor:
         if value not in self._aliases:

@@ -27,7 +27,11 @@ stays the same function.
 
 The backward list is the forward list read backwards with launch and wait exchanged: autograd runs, of the nodes that
 are ready, the one created last, so a forward that launches, computes and waits gets this order for free. The waits of
-one direction are the launches of the other.
+one direction are the launches of the other. All-reduces of tensor parallelism are no mirrors of each other: what is
+reduced in backward is the gradient of a sub-block's input. Their backward list is in `farskip.autograd_order`.
+
+With tensor parallelism, in layers whose experts are not dispatched there is no critical chain and no placement: what is
+ready runs in program order, and only when nothing is ready the oldest collective is waited for.
 
 A segment ends where activations are recomputed, at a pipeline cut, or with the model; nothing is in flight there.
 
@@ -37,46 +41,32 @@ Source: the windows are those of FarSkip-Collective (arXiv 2511.11505) section 4
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Self
 
+from farskip.autograd_order import autograd_order
+from farskip.instruction import Do as Do
+from farskip.instruction import Instruction as Instruction
 from farskip.stage_graph import (
     ATTENTION_CORE,
     ATTENTION_IN,
-    COLLECTIVES,
     COMBINE,
     DISPATCH,
     EXPERTS,
     MERGE,
+    REDUCE,
     ROUTE,
     Key,
     Stage,
     StageGraph,
 )
-from farskip.wiring import SHARED
+from farskip.wiring import MLP, ROUTED, SHARED
 
 MODES = ("serial", "overlapped")
 
 _CHAIN = (ROUTE, EXPERTS, MERGE)
-
-
-class Do(StrEnum):
-    """What an instruction does."""
-
-    RUN = "run"
-    LAUNCH = "launch"
-    WAIT = "wait"
-
-
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """One step of a schedule."""
-
-    do: Do
-    key: Key
-
-    def __str__(self) -> str:
-        return f"{self.do}({self.key})"
+LAST_REDUCE = REDUCE[ROUTED]
+"""The window of a layer's last all-reduce."""
+_WINDOWS = (DISPATCH, COMBINE, LAST_REDUCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +77,8 @@ class Window:
     layer_offset: int = 0
 
     def position(self, layer: int) -> tuple[int, int]:
-        """Place in the order of windows: dispatch before combine, layer by layer."""
-        return (layer + self.layer_offset, COLLECTIVES.index(self.collective))
+        """Place in the order of windows: dispatch, combine, the last all-reduce of the layer; layer by layer."""
+        return (layer + self.layer_offset, _WINDOWS.index(self.collective))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,8 +192,14 @@ def build_schedule(
         if mode == "serial" or not graph.has_collectives:
             forward += _serial(stages)
         else:
-            forward += _overlapped(stages, placement or Placement())
-    return Schedule(mode=mode, segments=chosen, forward=tuple(forward), backward=mirror(forward))
+            forward += _overlapped(stages, placement or Placement(), graph.chain is not None)
+    if graph.chain is None:
+        return Schedule(mode=mode, segments=chosen, forward=tuple(forward), backward=mirror(forward))
+    backward: list[Instruction] = []
+    for segment in reversed(chosen):
+        steps = [step for step in forward if segment.start <= step.key.layer < segment.stop]
+        backward += autograd_order(graph, steps, segment.start, segment.stop, serial=mode == "serial")
+    return Schedule(mode=mode, segments=chosen, forward=tuple(forward), backward=tuple(backward))
 
 
 def even_segments(num_layers: int, length: int) -> tuple[Segment, ...]:
@@ -227,12 +223,13 @@ def _serial(stages: Sequence[Stage]) -> list[Instruction]:
     return steps
 
 
-def _overlapped(stages: Sequence[Stage], placement: Placement) -> list[Instruction]:
-    """The loop of the module docstring."""
+def _overlapped(stages: Sequence[Stage], placement: Placement, reduced: bool = False) -> list[Instruction]:
+    """The loop of the module docstring; `reduced`: under tensor parallelism."""
     steps: list[Instruction] = []
     done: set[Key] = set()
     in_flight: list[Key] = []
     waiting = {stage.key: stage for stage in stages}
+    dispatching = {stage.key.layer for stage in stages if stage.key.stage == DISPATCH}
 
     def is_ready(stage: Stage) -> bool:
         return not stage.is_collective and done.issuperset(stage.after)
@@ -241,24 +238,32 @@ def _overlapped(stages: Sequence[Stage], placement: Placement) -> list[Instructi
         steps.append(Instruction(Do.RUN, stage.key))
         done.add(stage.key)
         del waiting[stage.key]
-        # a collective is launched as soon as its input exists
+        # a collective is launched as soon as its input exists; all-reduces moreover in the order of the stream
+        may_reduce = True
         for collective in [other for other in waiting.values() if other.is_collective]:
-            if done.issuperset(collective.after):
+            if done.issuperset(collective.after) and (may_reduce or not collective.is_reduction):
                 steps.append(Instruction(Do.LAUNCH, collective.key))
                 in_flight.append(collective.key)
                 del waiting[collective.key]
+            elif collective.is_reduction:
+                may_reduce = False
 
     def wait() -> None:
         steps.append(Instruction(Do.WAIT, in_flight[0]))
         done.add(in_flight.pop(0))
 
+    def is_chain(stage: Stage) -> bool:
+        return stage.key.stage in _CHAIN and (not reduced or stage.key.layer in dispatching)
+
     def belongs_here(stage: Stage) -> bool:
+        if reduced and (stage.key.stage == MLP or stage.key.layer not in dispatching):
+            return True  # nothing of its own to hide: it is cover for whatever is in flight
         position = placement.position(stage.key)
-        return position is not None and position <= Window(in_flight[0].stage).position(in_flight[0].layer)
+        return position is not None and position <= _window_of(in_flight[0])
 
     while waiting or in_flight:
         ready = [stage for stage in waiting.values() if is_ready(stage)]
-        chain = next((stage for stage in ready if stage.key.stage in _CHAIN), None)
+        chain = next((stage for stage in ready if is_chain(stage)), None)
         if chain is not None:
             run(chain)
         elif in_flight:
@@ -271,6 +276,13 @@ def _overlapped(stages: Sequence[Stage], placement: Placement) -> list[Instructi
             assert ready, f"stages {[str(key) for key in waiting]} wait for each other"
             run(ready[0])
     return steps
+
+
+def _window_of(key: Key) -> tuple[int, int]:
+    """The window that a collective in flight opens: all-reduces but a layer's last one count with its dispatch."""
+    if key.stage in (DISPATCH, COMBINE):
+        return Window(key.stage).position(key.layer)
+    return Window(LAST_REDUCE if key.stage in (REDUCE[MLP], REDUCE[ROUTED]) else DISPATCH).position(key.layer)
 
 
 def _draw(steps: Sequence[Instruction], width: int) -> str:

@@ -13,14 +13,16 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from farskip.schedule import Do, Instruction, Placement, Schedule, Segment, Window, build_schedule
+from farskip.schedule import LAST_REDUCE, Do, Instruction, Placement, Schedule, Segment, Window, build_schedule
 from farskip.stage_graph import (
     ATTENTION_CORE,
     ATTENTION_IN,
+    COLLECTIVES,
     COMBINE,
     DISPATCH,
     EXPERTS,
     MERGE,
+    REDUCTIONS,
     ROUTE,
     Key,
     StageGraph,
@@ -37,6 +39,7 @@ _RELATIVE_FORWARD: Mapping[str, float] = {
     SHARED: 1.0,
     DISPATCH: 1.5,
     COMBINE: 1.5,
+    **dict.fromkeys(REDUCTIONS, 1.5),
 }
 
 
@@ -61,12 +64,14 @@ class StageTimes:
         Raises:
             ValueError: no time is known for the stage.
         """
+        if direction == "backward" and stage in self.backward:
+            return self.backward[stage]  # of an all-reduce there may be no forward time at all
         if stage not in self.forward:
             raise ValueError(f"stage times: no time for {stage!r}; give one for each of {sorted(_RELATIVE_FORWARD)}")
         if direction == "forward":
             return self.forward[stage]
-        factor = 1.0 if stage in (DISPATCH, COMBINE) else 2.0
-        return self.backward.get(stage, factor * self.forward[stage])
+        factor = 1.0 if stage in COLLECTIVES else 2.0
+        return factor * self.forward[stage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,8 @@ def choose_schedule(
     if mode == "serial" or not graph.has_collectives:
         return build_schedule(graph, mode, segments=segments)
     clock = times or StageTimes()
-    candidates = [build_schedule(graph, mode, segments=segments, placement=placement) for placement in placements()]
+    tried = placements() if graph.chain is None else placements_beside_reductions(graph)
+    candidates = [build_schedule(graph, mode, segments=segments, placement=placement) for placement in tried]
 
     def total(schedule: Schedule) -> float:
         forward = simulate(schedule.forward, clock, "forward").total
@@ -173,6 +179,19 @@ def placements() -> Iterator[Placement]:
     shared = (Window(COMBINE), Window(DISPATCH))
     for first, core, expert in itertools.product(attention_in, attention_core, shared):
         if core.position(0) >= first.position(0):  # the core cannot come before its projections
+            yield Placement(attention_in=first, attention_core=core, shared=expert)
+
+
+def placements_beside_reductions(graph: StageGraph) -> Iterator[Placement]:
+    """As `placements`, under tensor parallelism: the all-reduce behind the routed experts is a window too.
+
+    Where nothing is dispatched there is nothing to place."""
+    if not graph.dispatching_layers:
+        yield Placement()
+        return
+    attention = (Window(COMBINE, -1), Window(LAST_REDUCE, -1), Window(DISPATCH), Window(DISPATCH, -1))
+    for first, core, expert in itertools.product(attention, attention, (Window(COMBINE), Window(DISPATCH))):
+        if core.position(0) >= first.position(0):
             yield Placement(attention_in=first, attention_core=core, shared=expert)
 
 

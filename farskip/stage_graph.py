@@ -15,20 +15,32 @@ Per layer, in program order:
 
 The adds of the residual stream are no stages: they are done when their sum is first read (`farskip.residual`).
 
+Under tensor parallelism the outputs a, m, s, r are partial, and each group of them (`farskip.chain`) has an all-reduce
+named after its last output:
+
+    reduce_attention, reduce_mlp, reduce_shared, reduce_routed      collectives: from point to point of the stream
+
+They are launched in the order of the stream. In backward the same names stand for the all-reduces of input gradients,
+each after the last sub-block that reads the point of the stream whose gradient it sums.
+
 In chunked mode the tokens of a layer are routed once and then travel in chunks: dispatch, experts and combine exist
 once per chunk, so that the exchanges of one chunk also hide under the routed experts of another.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
+from farskip.chain import Chain, Point, Reader
 from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, LayerInputs, Source
 
 ATTENTION_IN, ATTENTION_CORE = "attention_in", "attention_core"
 ROUTE, EXPERTS, MERGE = "route", "experts", "merge"
 DISPATCH, COMBINE = "dispatch", "combine"
-COLLECTIVES = (DISPATCH, COMBINE)
+REDUCE = {block: f"reduce_{block}" for block in (ATTENTION, MLP, SHARED, ROUTED)}
+"""Name of the all-reduce that ends with the output of a sub-block, or with the gradient of its input."""
+REDUCTIONS = tuple(REDUCE.values())
+COLLECTIVES = (DISPATCH, COMBINE, *REDUCTIONS)
 
 
 class Key(NamedTuple):
@@ -70,12 +82,23 @@ class Stage:
         """Whether it is launched and waited for instead of run."""
         return self.key.stage in COLLECTIVES
 
+    @property
+    def is_reduction(self) -> bool:
+        """Whether it is an all-reduce of tensor parallelism."""
+        return self.key.stage in REDUCTIONS
+
 
 @dataclass(frozen=True, slots=True)
 class StageGraph:
-    """All stages of a model in program order, with their dependencies."""
+    """All stages of a model in program order, with their dependencies.
+
+    Attributes:
+        stages: in program order.
+        chain: the stream between the all-reduces of tensor parallelism; None without.
+    """
 
     stages: tuple[Stage, ...]
+    chain: Chain | None = field(default=None, compare=False)
 
     @property
     def num_layers(self) -> int:
@@ -87,6 +110,11 @@ class StageGraph:
         """Whether anything is in flight at all."""
         return any(stage.is_collective for stage in self.stages)
 
+    @property
+    def dispatching_layers(self) -> frozenset[int]:
+        """Layers whose routed experts lie on other ranks."""
+        return frozenset(stage.key.layer for stage in self.stages if stage.key.stage == DISPATCH)
+
     def of_layers(self, start: int, stop: int) -> tuple[Stage, ...]:
         """The stages of layers start..stop-1 in program order, without what they need from before `start`."""
         return tuple(
@@ -96,14 +124,19 @@ class StageGraph:
         )
 
 
-def build_stage_graph(inputs: Sequence[LayerInputs], *, expert_parallel: bool, chunks: int = 1) -> StageGraph:
+def build_stage_graph(
+    inputs: Sequence[LayerInputs], *, expert_parallel: bool, chunks: int = 1, tensor_parallel: bool = False
+) -> StageGraph:
     """The stages of a model under a resolved wiring.
 
     Args:
         inputs: one entry per layer, from `Wiring.resolve`.
         expert_parallel: whether routed experts lie on other ranks, so that rows are dispatched and combined.
         chunks: into how many parts the tokens of each layer are cut for that.
+        tensor_parallel: whether the outputs of sub-blocks are partial sums over ranks.
     """
+    if tensor_parallel:
+        return _reduced_graph(inputs, chunks if expert_parallel else 0)
     stages: list[Stage] = []
     full: tuple[Key, ...] = ()  # what x, the full stream at the layer's entry, needs
     outputs: dict[str, tuple[Key, ...]] = {}  # what each output of the previous layer needs
@@ -121,6 +154,47 @@ def build_stage_graph(inputs: Sequence[LayerInputs], *, expert_parallel: bool, c
         before, outputs = full, made
         full = _unique(before + tuple(key for keys in outputs.values() for key in keys))
     return StageGraph(tuple(stages))
+
+
+def reduction_of(chain: Chain, point: Point) -> Key | None:
+    """The all-reduce whose result makes a point of the stream; None at the model's entry."""
+    layer, groups = point
+    if groups == 0:
+        return reduction_of(chain, Point(layer - 1, len(chain.groups[layer - 1]))) if layer else None
+    return Key(layer, REDUCE[chain.groups[layer][groups - 1][-1]])
+
+
+def gradient_of(readers: Sequence[Reader]) -> Key:
+    """The all-reduce, in backward, of the gradient at a point of the stream; named after the last that reads it."""
+    return Key(readers[-1].layer, REDUCE[readers[-1].blocks[-1]])
+
+
+def reading_stages(reader: Reader) -> tuple[Key, ...]:
+    """The stages behind one norm."""
+    stage = {ATTENTION: ATTENTION_IN, MLP: MLP, SHARED: SHARED, ROUTED: ROUTE}
+    return tuple(Key(reader.layer, stage[block]) for block in reader.blocks)
+
+
+def _reduced_graph(inputs: Sequence[LayerInputs], chunks: int) -> StageGraph:
+    """The stages under tensor parallelism; 0 chunks: no expert parallelism."""
+    chain = Chain(inputs)
+    stages: list[Stage] = []
+    for layer, reads in enumerate(inputs):
+        needs: dict[Source, tuple[Key, ...]] = {}
+        for source in set(reads.sources):
+            made_by = reduction_of(chain, chain.point(layer, source))
+            needs[source] = (made_by,) if made_by is not None else ()
+        here, made = _layer_stages(layer, reads, needs, chunks)
+        if not chunks:  # with nothing to dispatch the shared expert need not wait for a window
+            here.sort(key=lambda stage: stage.key.stage in (ROUTE, EXPERTS))
+        after = 0
+        for group in chain.groups[layer]:
+            producers = tuple(key for block in group for key in made[block])
+            after = max(after, 1 + max(index for index, stage in enumerate(here) if stage.key in producers))
+            here.insert(after, Stage(Key(layer, REDUCE[group[-1]]), producers))
+            after += 1
+        stages += here
+    return StageGraph(tuple(stages), chain)
 
 
 def _layer_stages(

@@ -162,8 +162,8 @@ class ReplicatedRanks:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+        self.rank = self.data_rank = dist.get_rank()
+        self.world_size = self.data_size = dist.get_world_size()
 
     def reduce_gradients(self) -> None:
         """Every gradient summed over ranks."""
@@ -179,6 +179,11 @@ class ReplicatedRanks:
         return norm
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """In place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def sum_over_processes(self, tensor: Tensor) -> Tensor:
         """In place."""
         dist.all_reduce(tensor)
         return tensor

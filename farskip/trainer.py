@@ -173,7 +173,7 @@ def train(
             for batch in micro_batches:
                 if balancer is not None:
                     # all ranks' micro-batches are of one size, and the auxiliary loss is already a sum over ranks
-                    everywhere = communicator.world_size * batch.input_ids_BS.numel()
+                    everywhere = communicator.data_size * batch.input_ids_BS.numel()
                     balancer.set_scale(everywhere / counts.num_input_tokens)
                 with autocast(device, config.precision):
                     loss_sums = objective.loss(batch)
@@ -215,7 +215,7 @@ def train(
                 num_loss_tokens=counts.num_loss_tokens,
                 tokens_per_s=counts.num_input_tokens / step_s,
                 step_s=step_s,
-                exposed_share=agreed.exposed_s / communicator.world_size / step_s,
+                exposed_share=agreed.exposed_s / communicator.data_size / step_s,
                 heldout=heldout_now,
             )
             if outputs is not None:
@@ -300,7 +300,9 @@ class _Sums:
                 torch.tensor(extras, dtype=torch.float64, device=device),
             ]
         )
-        values = communicator.all_reduce_sum(packed).tolist()
+        # Over processes, so that none of them stops alone; those that share tensors have equal sums.
+        copies = communicator.world_size // communicator.data_size
+        values = (communicator.sum_over_processes(packed) / copies).tolist()
         return _Agreed(
             totals=dict(zip(names, values, strict=False)),
             numbers=dict(zip(names, values[len(names) :], strict=False)),
@@ -380,7 +382,7 @@ def _non_finite(
     # A NaN would not survive the trip as a place: 1 means NaN, 2 inf, 3 -inf.
     codes = {"nan": 1.0, "inf": 2.0, "-inf": 3.0}
     values_R[communicator.rank] = codes.get(str(own_value), 0.0)
-    codes_R = communicator.all_reduce_sum(values_R).tolist()
+    codes_R = communicator.sum_over_processes(values_R).tolist()
     texts = {code: text for text, code in codes.items()}
     found = [f"{texts[code]} on rank {rank}" for rank, code in enumerate(codes_R) if code]
     # Gradients are summed and scaled by now: which rank's or parameter's was the first cannot be told any more.

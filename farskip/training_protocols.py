@@ -31,10 +31,19 @@ class LanguageModel(Protocol):
 
 
 class Communicator(Protocol):
-    """The data-parallel world. All but ``wrap_for_checkpoint`` and ``exposed_communication_s`` are collectives."""
+    """The ranks of a job. All but ``wrap_for_checkpoint`` and ``exposed_communication_s`` are collectives.
+
+    Attributes:
+        rank: this process, 0 .. world_size-1.
+        world_size: number of processes.
+        data_rank: which share of the data it sees; processes that share tensors see the same.
+        data_size: number of shares.
+    """
 
     rank: int
     world_size: int
+    data_rank: int
+    data_size: int
 
     def reduce_gradients(self) -> None:
         """After a step's last backward: replicated gradients summed over all ranks, expert gradients over replicas."""
@@ -45,7 +54,11 @@ class Communicator(Protocol):
         ...
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, equal on all of them. The argument may be overwritten."""
+        """The sum over the shares of the data, equal on all ranks. The argument may be overwritten."""
+        ...
+
+    def sum_over_processes(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, equal on all of them. The argument may be overwritten."""
         ...
 
     def any(self, flag: bool) -> bool:
@@ -142,8 +155,8 @@ class SingleProcess:
         module: the trained module.
     """
 
-    rank = 0
-    world_size = 1
+    rank = data_rank = 0
+    world_size = data_size = 1
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
@@ -160,6 +173,9 @@ class SingleProcess:
         return norm
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def sum_over_processes(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def any(self, flag: bool) -> bool:

@@ -68,10 +68,13 @@ class LinkConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """How the ranks share the work. All ranks are data-parallel."""
+    """How the ranks share the work. All ranks, or with tp all groups of them, are data-parallel."""
 
     ep: int = 0
-    """Ranks that share the experts of a layer (expert parallelism); 0: all ranks."""
+    """Ranks that share the experts of a layer (expert parallelism); 0: all ranks. With tp, 1 or a multiple of it."""
+    tp: int = 1
+    """Neighboring ranks that share attention, dense MLPs and shared experts (tensor parallelism); they get the same
+    tokens."""
     schedule: ScheduleMode = ScheduleMode.overlapped
     """overlapped: collectives run under compute; serial: each is waited for at once. Same function, same bits."""
     warmup_steps: int = 2
@@ -97,7 +100,7 @@ class ParallelConfig:
         Raises:
             ValueError: one line with the key, its value and the bound.
         """
-        lowest = {"ep": 0, "chunks": 1, "recompute_layers": 1, "capacity": 0}
+        lowest = {"ep": 0, "tp": 1, "chunks": 1, "recompute_layers": 1, "capacity": 0}
         for key, value, low in ((key, getattr(self, key), low) for key, low in lowest.items()):
             if value < low:
                 raise ValueError(f"parallel.{key}={value} is too small; use at least {low}")

@@ -156,7 +156,7 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
     from farskip.objectives import PretrainObjective
     from farskip.profiling import TraceSession
 
-    _, data = job.build_text(replace(config.data, tokenizer=str(model_path)), ranks)
+    _, data = job.build_text(replace(config.data, tokenizer=str(model_path)), config.parallel, ranks)
     batch = next(data.train_batches())
     mesh = job.build_job_mesh(config.parallel, ranks)
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
     )
     variants: dict[str, Any] = {}
     for mode in (ScheduleMode.serial, ScheduleMode.overlapped):
-        parallel = ParallelConfig(ep=config.parallel.ep, schedule=mode, link=link)
+        parallel = ParallelConfig(ep=config.parallel.ep, tp=config.parallel.tp, schedule=mode, link=link)
         variants[mode.value] = job.prepare(load(model_path), parallel, config.balance, ranks, mesh)
 
     results: dict[Any, list[torch.Tensor | None]] = {}

@@ -88,7 +88,7 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
     rewire(student, config.wiring.name, job.parse_layers(config.wiring.layers))
     if wiring_of(student) == wiring_of(original):
         raise ValueError(f"wiring: {config.model.path} is wired as {wiring_of(original)} already: nothing to repair")
-    tokenizer, data = job.build_text(config.data, ranks)
+    tokenizer, data = job.build_text(config.data, config.parallel, ranks)
     _check_vocabulary(tokenizer, student, config.data.tokenizer)
     mesh = job.build_job_mesh(config.parallel, ranks)
     teacher = job.prepare(original, config.parallel, config.balance, ranks, mesh, frozen=True)

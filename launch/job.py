@@ -31,7 +31,7 @@ from farskip.optimizer import build_optimizer
 from farskip.parallel.collectives import ProcessGroupLink
 from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.emulated_link import EmulatedLink
-from farskip.parallel.mesh import EP_AXIS, build_mesh
+from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, axis_size, build_mesh
 from farskip.profiling import StepTracer
 from farskip.schedule import Schedule
 from farskip.shutdown import ShutdownRequest
@@ -61,10 +61,19 @@ class Prepared:
     balancer: Any
 
 
-def build_text(config: DataConfig, ranks: Ranks) -> tuple[Any, TextData]:
-    """Tokenizer and text of this rank. A collective."""
+def build_text(config: DataConfig, parallel: ParallelConfig, ranks: Ranks) -> tuple[Any, TextData]:
+    """Tokenizer and text of this rank; ranks that share tensors see the same text. A collective."""
+    if ranks.world_size % parallel.tp:
+        raise ValueError(f"parallel.tp={parallel.tp} does not divide {ranks.world_size} ranks: choose a divisor")
     tokenizer = build_tokenizer(config, config.cache_dir)
-    data = build_data(config, tokenizer, rank=ranks.rank, world_size=ranks.world_size, barrier=_barrier(ranks))
+    data = build_data(
+        config,
+        tokenizer,
+        rank=ranks.rank // parallel.tp,
+        world_size=ranks.world_size // parallel.tp,
+        barrier=_barrier(ranks),
+        packs=ranks.rank == 0,
+    )
     if ranks.rank == 0:
         print(data.describe(), flush=True)
     return tokenizer, data
@@ -76,7 +85,7 @@ def build_job_mesh(parallel: ParallelConfig, ranks: Ranks) -> DeviceMesh | None:
         if parallel.ep > 1:
             raise ValueError(f"parallel.ep={parallel.ep} needs as many ranks: start with torchrun --nproc-per-node")
         return None
-    return build_mesh(parallel.ep or ranks.world_size, ranks.device.partition(":")[0])
+    return build_mesh(parallel.ep or ranks.world_size, ranks.device.partition(":")[0], tp=parallel.tp)
 
 
 def prepare(
@@ -95,9 +104,16 @@ def prepare(
     if attachment_of(model) is None:
         rewire(model, wiring_of(model))
     if mesh is not None:
-        link = build_link(parallel.link, mesh)
-        capacity = parallel.capacity or None
-        parallelize(model, mesh, parallel.schedule.value, link=link, chunks=parallel.chunks, capacity=capacity)
+        link, tensor_link = (build_link(parallel.link, mesh, axis) for axis in (EP_AXIS, TP_AXIS))
+        parallelize(
+            model,
+            mesh,
+            parallel.schedule.value,
+            link=link,
+            tensor_link=tensor_link,
+            chunks=parallel.chunks,
+            capacity=parallel.capacity or None,
+        )
     use_kernels(model, parallel.kernels.value)
     if ranks.rank == 0 and not frozen:
         print(kernels_line(model, parallel.kernels.value), flush=True)
@@ -115,7 +131,8 @@ def prepare(
             mesh,
             dict(model.named_parameters()),
             sharded=attachment.sharded_experts,
-            links=[dispatcher.link] if dispatcher is not None else [],
+            layout=attachment.tensor_layout,
+            links=[each for each in (link, tensor_link) if each is not None],
         )
     balancer: Balancer | None = None
     if not frozen:
@@ -138,9 +155,11 @@ def _checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def build_link(config: LinkConfig, mesh: DeviceMesh) -> ProcessGroupLink:
-    """The link over the ``ep`` axis."""
-    group = mesh.get_group(EP_AXIS)
+def build_link(config: LinkConfig, mesh: DeviceMesh, axis: str) -> ProcessGroupLink | None:
+    """The link over the ranks of an axis; None where there is but one."""
+    if axis_size(mesh, axis) == 1:
+        return None
+    group = axis_group(mesh, axis)
     if config.kind is LinkKind.emulated:
         return EmulatedLink(group, bandwidth_gbit_s=config.bandwidth_gbit_s, latency_us=config.latency_us)
     return ProcessGroupLink(group)

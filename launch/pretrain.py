@@ -43,7 +43,7 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
     folder = Path(config.run.folder)
     if ranks.rank == 0:
         check_run_folder(folder, resume=config.run.resume)
-    tokenizer, data = job.build_text(config.data, ranks)
+    tokenizer, data = job.build_text(config.data, config.parallel, ranks)
     mesh = job.build_job_mesh(config.parallel, ranks)
     model = build_model(
         config.model.family,

@@ -22,6 +22,8 @@ from torch import nn
 from farskip.executor import Executor
 from farskip.models.attention_seam import install_seam
 from farskip.models.family import backbone_of
+from farskip.models.saving import intercept_saving
+from farskip.parallel.tensor_parallel import TensorLayout
 from farskip.schedule import Segment, even_segments
 
 _SHIM = "_farskip_shim"
@@ -39,6 +41,7 @@ class Attachment:
         self.executor = executor
         self.checkpoint_layers = 1
         self.sharded_experts: tuple[str, ...] = ()
+        self.tensor_layout = TensorLayout()
         self.mesh: Any = None
         self._config: Any = backbone_of(model).config
         self._captures = False
@@ -136,6 +139,7 @@ def attach(model: Any, executor: Executor) -> Attachment:
         setattr(layer, _SHIM, (attachment, index))
     backbone.register_forward_pre_hook(attachment.before_backbone, with_kwargs=True)
     backbone.register_forward_hook(attachment.after_backbone)
+    intercept_saving(model, attachment)
     return attachment
 
 

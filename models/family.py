@@ -6,14 +6,15 @@ masks do differently is a field of `Family`. docs/adding_a_family.md has the rec
 """
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from farskip.models.hf_layer import HFSubBlocks
+from farskip.models.router_rule import RouterRule, silu_gate
 from farskip.wiring import Wiring
 
 
@@ -52,8 +53,12 @@ class Family:
         own_name: what the family is called where `model_type` is already another family's.
         own_class: makes the class `architecture`, where transformers has none.
         wiring_keys: the keys by which its own checkpoints say their wiring; None: they are ordinary.
+        router: what its router computes, from the router's module; None: the fused kernel cannot say it.
+        swiglu: what `farskip.triton_kernels.swiglu.swiglu` has to be given besides the rows to compute the gate of its
+            experts, from the experts' module; None, or returning None: it is another gate.
         packed_masks: makes the attention masks of a packed batch from (config, embeddings [B, S, D], position ids
             [B, S]), where the family's own forward does not cut attention at the documents' ends; None: it does.
+        tensor_plan: what the config's tensor-parallel plan leaves out (`farskip.models.tensor_parallel`).
     """
 
     model_type: str
@@ -64,7 +69,10 @@ class Family:
     own_name: str | None = None
     own_class: Callable[[], Any] | None = None
     wiring_keys: WiringKeys | None = None
+    router: Callable[[Any], RouterRule] | None = None
+    swiglu: Callable[[Any], Mapping[str, Any] | None] | None = silu_gate
     packed_masks: Callable[[Any, torch.Tensor, torch.Tensor], Any] | None = None
+    tensor_plan: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -135,6 +143,11 @@ def family_of_model(model: nn.Module) -> Family:
     Raises:
         ValueError: not a known causal language model.
     """
+    if type(model).__name__ == "FarSkipForCausalLM":
+        raise ValueError(
+            "the model was loaded by transformers from a rewired checkpoint, with the code that stands beside it; load "
+            "the folder with farskip.load to rewire or parallelize it"
+        )
     return family_of_architecture(type(model).__name__)
 
 

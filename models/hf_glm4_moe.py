@@ -2,6 +2,7 @@
 
 from farskip.models.family import Family
 from farskip.models.hf_layer import HFSubBlocks
+from farskip.models.router_rule import grouped_sigmoid_router
 
 FAMILY = Family(
     model_type="glm4_moe",
@@ -9,4 +10,5 @@ FAMILY = Family(
     score="sigmoid",
     sub_blocks=HFSubBlocks,
     undeclared_config_keys=("head_dim", "partial_rotary_factor"),
+    router=grouped_sigmoid_router,
 )

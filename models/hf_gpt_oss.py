@@ -10,6 +10,7 @@ import torch
 
 from farskip.models.family import Family
 from farskip.models.hf_layer import HFSubBlocks
+from farskip.models.router_rule import RouterRule
 
 
 class GptOssSubBlocks(HFSubBlocks):
@@ -35,10 +36,29 @@ def packed_masks(config: Any, embedded_BSD: torch.Tensor, position_ids_BS: torch
     }
 
 
+def router_rule(router: Any) -> RouterRule:
+    """Softmax over the chosen logits alone: the renormalized softmax over all."""
+    return RouterRule(top_k=router.top_k, score="softmax", fp32_logits=False)
+
+
+def clamped_gate(experts: Any) -> dict[str, Any]:
+    """Gate and up alternate, both are cut, and 1 is added to up."""
+    return {"interleaved": True, "limit": experts.limit, "alpha": experts.alpha, "up_offset": 1.0}
+
+
 FAMILY = Family(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
     score="softmax",
     sub_blocks=GptOssSubBlocks,
     packed_masks=packed_masks,
+    tensor_plan={
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.self_attn.sinks": "heads",
+    },
+    router=router_rule,
+    swiglu=clamped_gate,
 )

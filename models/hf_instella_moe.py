@@ -30,7 +30,9 @@ from torch import nn
 
 from farskip.models.attention_seam import after_core_set, install_seam
 from farskip.models.family import Family
+from farskip.models.hf_deepseek_v3 import LATENT_ATTENTION_PLAN
 from farskip.models.hf_layer import HFSubBlocks
+from farskip.models.router_rule import grouped_sigmoid_router
 from farskip.wiring import Wiring
 
 
@@ -136,4 +138,6 @@ FAMILY = Family(
     sub_blocks=HFSubBlocks,
     undeclared_config_keys=(*InstellaKeys.names, "gated_attention"),
     wiring_keys=InstellaKeys(),
+    tensor_plan={**LATENT_ATTENTION_PLAN, "layers.*.self_attn.gate_proj": "colwise"},
+    router=grouped_sigmoid_router,
 )

@@ -58,4 +58,6 @@ class Llama4SubBlocks(HFSubBlocks):
         return experts(filled).index_select(0, place_R)
 
 
-FAMILY = Family(model_type="llama4_text", architecture="Llama4ForCausalLM", score="sigmoid", sub_blocks=Llama4SubBlocks)
+FAMILY = Family(
+    model_type="llama4_text", architecture="Llama4ForCausalLM", score="sigmoid", sub_blocks=Llama4SubBlocks, swiglu=None
+)

@@ -4,6 +4,7 @@ import torch
 
 from farskip.models.family import Family
 from farskip.models.hf_layer import HFSubBlocks
+from farskip.models.router_rule import softmax_router
 
 
 class MixtralSubBlocks(HFSubBlocks):
@@ -18,4 +19,10 @@ class MixtralSubBlocks(HFSubBlocks):
         return normed_BSD * torch.empty_like(normed_BSD).uniform_(1.0 - noise, 1.0 + noise)
 
 
-FAMILY = Family(model_type="mixtral", architecture="MixtralForCausalLM", score="softmax", sub_blocks=MixtralSubBlocks)
+FAMILY = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    score="softmax",
+    sub_blocks=MixtralSubBlocks,
+    router=softmax_router,
+)

@@ -2,5 +2,8 @@
 
 from farskip.models.family import Family
 from farskip.models.hf_layer import HFSubBlocks
+from farskip.models.router_rule import softmax_router
 
-FAMILY = Family(model_type="olmoe", architecture="OlmoeForCausalLM", score="softmax", sub_blocks=HFSubBlocks)
+FAMILY = Family(
+    model_type="olmoe", architecture="OlmoeForCausalLM", score="softmax", sub_blocks=HFSubBlocks, router=softmax_router
+)

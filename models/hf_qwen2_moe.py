@@ -5,6 +5,7 @@ from torch import nn
 
 from farskip.models.family import Family
 from farskip.models.hf_layer import HFSubBlocks
+from farskip.models.router_rule import softmax_router
 
 
 class Qwen2MoeSubBlocks(HFSubBlocks):
@@ -24,4 +25,10 @@ FAMILY = Family(
     score="softmax",
     sub_blocks=Qwen2MoeSubBlocks,
     undeclared_config_keys=("head_dim",),
+    tensor_plan={
+        "layers.*.mlp.shared_expert.gate_proj": "colwise",
+        "layers.*.mlp.shared_expert.up_proj": "colwise",
+        "layers.*.mlp.shared_expert.down_proj": "rowwise",
+    },
+    router=softmax_router,
 )

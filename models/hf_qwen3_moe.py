@@ -2,6 +2,7 @@
 
 from farskip.models.family import Family
 from farskip.models.hf_layer import HFSubBlocks
+from farskip.models.router_rule import softmax_router
 
 FAMILY = Family(
     model_type="qwen3_moe",
@@ -9,4 +10,5 @@ FAMILY = Family(
     score="softmax",
     sub_blocks=HFSubBlocks,
     undeclared_config_keys=("head_dim",),
+    router=softmax_router,
 )

@@ -1,4 +1,10 @@
-"""`parallelize`: spread the experts of a model over ranks and put its collectives under a schedule."""
+"""`parallelize`: spread a model over ranks and put its collectives under a schedule.
+
+Experts are spread over the ``ep`` axis of a mesh; attention, dense MLPs and shared experts are cut over its ``tp``
+axis. Where a mesh has both, ``ep`` goes over whole ``tp`` groups: each rank of such a group routes and dispatches its
+share of the tokens that they all see, and its routed output, zero for the tokens of the others, is reduced like any
+other.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,12 +19,13 @@ from farskip.models.attach import attach, attachment_of, layers_of
 from farskip.models.family import family_of_model
 from farskip.models.hf_layer import HFSubBlocks
 from farskip.models.surgery import wiring_of
+from farskip.models.tensor_parallel import check_tensor_parallel, cut_tensors
 from farskip.parallel.collectives import ProcessGroupLink
 from farskip.parallel.dispatcher import AllToAllDispatcher
-from farskip.parallel.mesh import EP_AXIS, axis_size
+from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, axis_size, check_mesh
+from farskip.parallel.tensor_parallel import TensorParallelRanks, gather_slices
 from farskip.simulator import StageTimes
 from farskip.stage_timer import StageTimer
-from farskip.wiring import Wiring
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,25 +36,32 @@ def parallelize(
     schedule: str = "overlapped",
     *,
     link: ProcessGroupLink | None = None,
+    tensor_link: ProcessGroupLink | None = None,
     chunks: int = 1,
+    capacity: int | None = None,
     times: StageTimes | None = None,
+    already_cut: bool = False,
 ) -> Model:
-    """Spread the routed experts over the ``ep`` axis of a mesh; every rank keeps everything else.
+    """Spread the routed experts over the ``ep`` axis of a mesh, and cut the other sub-blocks over its ``tp`` axis.
 
     Args:
         model: a transformers causal language model of a known family, whole and equal on all ranks.
-        mesh: has an axis ``ep``; see `farskip.parallel.mesh.build_mesh`. A collective over all its ranks.
+        mesh: has an axis ``ep``, ``tp`` or both; see `farskip.parallel.mesh.build_mesh`. A collective over all its
+            ranks. The ranks of one ``tp`` group have to be given the same tokens.
         schedule: ``overlapped`` or ``serial``; both compute the same function, bit for bit.
         link: what carries the rows, over the ranks of ``ep``; torch.distributed's group if None.
+        tensor_link: what carries the all-reduces, over the ranks of ``tp``; torch.distributed's group if None.
         chunks: parts into which the tokens of each layer are cut, so that exchanges also hide under routed experts.
+        capacity: rows that an expert takes from one rank, layer and chunk, later ones are dropped; None drops none.
         times: stage times that rank 0 chooses the schedule by.
+        already_cut: the parameters are this rank's slices already, as `farskip.load` reads them.
 
     Returns:
-        The same model, whose routed experts now are this rank's slice.
+        The same model, whose routed experts and projections now are this rank's slices.
 
     Raises:
-        ValueError: unknown family, experts that ``ep`` does not divide, a model that is parallel already, or ranks
-            that disagree about the wiring. The model is untouched.
+        ValueError: unknown family, experts that ``ep`` does not divide, heads or widths that ``tp`` does not divide, a
+            model that is parallel already, or ranks that disagree about the wiring. The model is untouched.
     """
     family = family_of_model(model)
     previous = attachment_of(model)
@@ -55,21 +69,33 @@ def parallelize(
         raise ValueError("parallelize: the model is parallel already; load it afresh to spread it differently")
     blocks = [family.sub_blocks(layer) for layer in layers_of(model)]
     wiring = wiring_of(model)
+    check_mesh(mesh)
     ep = axis_size(mesh, EP_AXIS)
     num_experts = max((_num_experts(block) for block in blocks), default=0)
     dispatcher = None
     if ep > 1 and num_experts:
-        dispatcher = AllToAllDispatcher(link or ProcessGroupLink(mesh.get_group(EP_AXIS)), num_experts, chunks)
-    _refuse_disagreement(wiring, chunks)
+        rows_link = link or ProcessGroupLink(axis_group(mesh, EP_AXIS))
+        dispatcher = AllToAllDispatcher(rows_link, num_experts, chunks, capacity=capacity)
+    tensor_parallel = None
+    if axis_size(mesh, TP_AXIS) > 1:
+        if not already_cut:
+            check_tensor_parallel(model, family, blocks, axis_size(mesh, TP_AXIS))
+        tensor_parallel = TensorParallelRanks(tensor_link or ProcessGroupLink(axis_group(mesh, TP_AXIS)))
+    _refuse_disagreement({"wiring": wiring.to_dict(), "chunks": chunks, "capacity": capacity})
     mode, times = _agree((schedule, times))
-    executor = Executor(blocks, wiring, dispatcher=dispatcher, mode=mode, times=times)
+    executor = Executor(blocks, wiring, dispatcher=dispatcher, tensor_parallel=tensor_parallel, mode=mode, times=times)
     executor.set_schedule(type(executor.schedule()).from_dict(_agree(executor.schedule().to_dict())))
     if previous is not None:
         executor.observers, executor.routing_hook = previous.executor.observers, previous.executor.routing_hook
     attachment = attach(model, executor)
     attachment.mesh = mesh
     if dispatcher is not None:
-        attachment.sharded_experts = _shard_experts(model, blocks, dispatcher.link.rank, dispatcher.link.size)
+        attachment.sharded_experts = _shard_experts(
+            model, blocks, dispatcher.link.rank, dispatcher.link.size, cut=already_cut
+        )
+    if tensor_parallel is not None:
+        layout = cut_tensors(model, family, tensor_parallel.rank, tensor_parallel.size, already_cut=already_cut)
+        attachment.tensor_layout = layout.without(attachment.sharded_experts)
     return model
 
 
@@ -107,17 +133,15 @@ def tune_schedule(model: Any, step: Callable[[], None], num_steps: int = 2) -> S
 
 
 def full_state_dict(model: Any) -> dict[str, torch.Tensor]:
-    """The whole model's state dict, experts of all ranks together, on every rank. A collective for a parallel model."""
+    """The whole model's state dict, slices of all ranks together, on every rank. A collective for a parallel model."""
     state = dict(model.state_dict())
     attachment = attachment_of(model)
-    if attachment is None or not attachment.sharded_experts:
+    if attachment is None or attachment.mesh is None:
         return state
-    group = attachment.mesh.get_group(EP_AXIS)
-    for name in attachment.sharded_experts:
-        local = state[name].contiguous()
-        slices = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(slices, local, group=group)
-        state[name] = torch.cat(slices)
+    cut = dict.fromkeys(attachment.sharded_experts, (0, EP_AXIS))
+    cut |= {name: (dim, TP_AXIS) for name, dim in attachment.tensor_layout.sharded.items()}
+    for name, (dim, axis) in cut.items():
+        state[name] = gather_slices(state[name], dim, axis_group(attachment.mesh, axis))
     return state
 
 
@@ -125,27 +149,30 @@ def _num_experts(block: HFSubBlocks) -> int:
     return int(block.experts.num_experts) if block.experts is not None else 0  # type: ignore[arg-type]
 
 
-def _shard_experts(model: nn.Module, blocks: list[HFSubBlocks], rank: int, size: int) -> tuple[str, ...]:
-    """Cut every expert parameter to this rank's slice. Returns the names of what was cut."""
+def _shard_experts(model: nn.Module, blocks: list[HFSubBlocks], rank: int, size: int, *, cut: bool) -> tuple[str, ...]:
+    """Cut every expert parameter to this rank's slice, unless they are. Returns the names of what is a slice."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    cut = []
+    sliced = []
     for block in blocks:
         experts = block.experts
         if experts is None:
             continue
         local = _num_experts(block) // size
         for name, parameter in list(experts.named_parameters(recurse=False)):
+            sliced.append(names[id(parameter)])
+            if cut:
+                assert parameter.shape[0] == local, f"{sliced[-1]} has {parameter.shape[0]} experts instead of {local}"
+                continue
             mine = parameter.detach()[rank * local : (rank + 1) * local].clone()
             setattr(experts, name, nn.Parameter(mine, requires_grad=parameter.requires_grad))
-            cut.append(names[id(parameter)])
         experts.num_experts = local  # type: ignore[assignment]
-    return tuple(cut)
+    return tuple(sliced)
 
 
-def _refuse_disagreement(wiring: Wiring, chunks: int) -> None:
+def _refuse_disagreement(mine: dict[str, Any]) -> None:
     """All ranks hear of it: one that went on alone would wait for the others until the timeout."""
     settings: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(settings, {"wiring": wiring.to_dict(), "chunks": chunks})
+    dist.all_gather_object(settings, mine)
     for rank, other in enumerate(settings):
         for name, value in other.items():
             if value != settings[0][name]:

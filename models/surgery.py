@@ -42,6 +42,7 @@ def rewire(model: Model, wiring: str | Wiring = "farskip", layers: str | Sequenc
         [family.sub_blocks(layer) for layer in all_layers],
         chosen,
         dispatcher=previous.executor.dispatcher if previous else None,
+        tensor_parallel=previous.executor.tensor_parallel if previous else None,
         mode=previous.executor.mode if previous else "overlapped",
         times=previous.executor.times if previous else None,
     )

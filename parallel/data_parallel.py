@@ -3,9 +3,12 @@
 Every rank computes the gradient of its own share of one global loss sum. A replicated parameter's gradient is the sum
 over all ranks. An expert already holds the gradients of all tokens that were dispatched to it, from every rank of its
 ``ep`` axis; only its replicas are summed. So a step on k ranks is the step of one rank on the concatenated batch.
+
+Under tensor parallelism the ranks of a ``tp`` group share their tokens: only ranks with other tokens are summed, but
+for gradients that are terms of a sum over ``tp`` (`farskip.parallel.tensor_parallel.TensorLayout.partial`), which are
+summed over all ranks.
 """
 
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -15,7 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from farskip.parallel.collectives import ProcessGroupLink
-from farskip.parallel.mesh import EP_AXIS, REPLICA_AXIS, axis_size
+from farskip.parallel.mesh import DATA_AXIS, EP_AXIS, REPLICA_AXIS, TP_AXIS, axes_of, axis_group, axis_size
+from farskip.parallel.tensor_parallel import TensorLayout
+from farskip.wait_meter import WaitMeter
 
 _BUCKET_BYTES = 32 << 20
 
@@ -27,6 +32,7 @@ class DataParallel:
         mesh: the mesh from `build_mesh`.
         parameters: the model's trainable parameters by name.
         sharded: names of the expert parameters that lie in slices on the ``ep`` axis.
+        layout: how the other parameters lie on the ``tp`` axis.
         links: links whose waiting time counts as exposed communication.
     """
 
@@ -36,40 +42,60 @@ class DataParallel:
         parameters: Mapping[str, torch.nn.Parameter],
         *,
         sharded: Collection[str] = (),
+        layout: TensorLayout | None = None,
         links: Iterable[ProcessGroupLink] = (),
     ) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._mesh = mesh
         self._sharded = frozenset(sharded)
-        self._replicated_parameters = [p for name, p in parameters.items() if name not in self._sharded]
-        self._expert_parameters = [p for name, p in parameters.items() if name in self._sharded]
+        self._layout = layout or TensorLayout()
+        self._tensor_parallel = axis_size(mesh, TP_AXIS) > 1
+        self.data_rank = self.rank // axis_size(mesh, TP_AXIS)  # see the table of farskip.parallel.mesh
+        self.data_size = axis_size(mesh, DATA_AXIS) if self._tensor_parallel else self.world_size
+        self._data_group = axis_group(mesh, DATA_AXIS) if self._tensor_parallel else dist.group.WORLD
+        kinds: dict[str, list[torch.nn.Parameter]] = {"replicated": [], "experts": [], "slices": [], "partial": []}
+        for name, parameter in parameters.items():
+            kinds[self._kind(name)].append(parameter)
+        self._replicated_parameters, self._expert_parameters = kinds["replicated"], kinds["experts"]
+        self._sliced_parameters, self._partial_parameters = kinds["slices"], kinds["partial"]
         self._device = next(iter(parameters.values())).device
         self._links = tuple(links)
-        self._waited_s = 0.0
+        self._meter = WaitMeter()
         self._reported_s = 0.0
 
     def reduce_gradients(self) -> None:
-        """Sum gradients: replicated ones over all ranks, expert ones over the replicas. A collective."""
-        self._timed(lambda: self._sum(self._replicated_parameters, dist.group.WORLD, self.world_size))
+        """Sum gradients: over the ranks whose tokens they do not know yet. A collective."""
+        whole = [*self._replicated_parameters, *self._sliced_parameters]
+        self._timed(lambda: self._sum(whole, self._data_group, self.data_size))
+        self._timed(lambda: self._sum(self._partial_parameters, dist.group.WORLD, self.world_size))
         if axis_size(self._mesh, REPLICA_AXIS) > 1:
             group = self._mesh.get_group(REPLICA_AXIS)
             self._timed(lambda: self._sum(self._expert_parameters, group, axis_size(self._mesh, REPLICA_AXIS)))
 
     def clip_gradients(self, max_norm: float | None) -> torch.Tensor:
-        """Global L2 norm of all gradients, every expert counted once; gradients are scaled down to `max_norm`."""
-        squares = torch.stack([self._squares(self._replicated_parameters), self._squares(self._expert_parameters)])
-        if self._expert_parameters and axis_size(self._mesh, EP_AXIS) > 1:
-            dist.all_reduce(squares[1], group=self._mesh.get_group(EP_AXIS))
+        """Global L2 norm of all gradients, every slice counted once; gradients are scaled down to `max_norm`."""
+        everywhere = [*self._replicated_parameters, *self._partial_parameters]
+        slices = {EP_AXIS: self._expert_parameters, TP_AXIS: self._sliced_parameters}
+        squares = torch.stack([self._squares(parameters) for parameters in (everywhere, *slices.values())])
+        for row, (axis, parameters) in enumerate(slices.items(), start=1):
+            if parameters and axis_size(self._mesh, axis) > 1:
+                dist.all_reduce(squares[row], group=axis_group(self._mesh, axis))
         norm = squares.sum().sqrt()
         if max_norm is not None:
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-            for parameter in (*self._replicated_parameters, *self._expert_parameters):
+            for parameter in (*everywhere, *self._expert_parameters, *self._sliced_parameters):
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor.to(parameter.grad.dtype))
         return norm.float()
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks with tokens of their own, in place: over one rank of each ``tp`` group."""
+        if self.data_size > 1 or not self._tensor_parallel:
+            dist.all_reduce(tensor, group=self._data_group)
+        return tensor
+
+    def sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place."""
         dist.all_reduce(tensor)
         return tensor
@@ -85,22 +111,30 @@ class DataParallel:
         dist.barrier()
 
     def wrap_for_checkpoint(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A DTensor over this rank's slice for an expert parameter or its optimizer state, else the tensor itself."""
-        if name not in self._sharded or tensor.dim() == 0:
+        """A DTensor over this rank's slice of a parameter or of its optimizer state, else the tensor itself."""
+        if self._kind(name) not in ("experts", "slices") or tensor.dim() == 0:
             return tensor
-        placements = [Shard(0) if axis == EP_AXIS else Replicate() for axis in self._mesh.mesh_dim_names or ()]
+        axes, dim = axes_of(self._mesh, EP_AXIS), 0
+        if name in self._layout.sharded:
+            axes, dim = (TP_AXIS,), self._layout.sharded[name]
+        placements = [Shard(dim) if axis in axes else Replicate() for axis in self._mesh.mesh_dim_names or ()]
         return DTensor.from_local(tensor, self._mesh, placements, run_check=False)
 
     def exposed_communication_s(self) -> float:
         """Seconds this rank stood waiting for collectives since the last call."""
-        total = self._waited_s + sum(link.waited_s for link in self._links)
+        total = self._meter.seconds() + sum(link.meter.seconds() for link in self._links)
         since, self._reported_s = total - self._reported_s, total
         return since
 
+    def _kind(self, name: str) -> str:
+        if name in self._sharded:
+            return "experts"
+        if name in self._layout.sharded:
+            return "slices"
+        return "partial" if name in self._layout.partial else "replicated"
+
     def _timed(self, call: Callable[[], Any]) -> None:
-        start = time.perf_counter()
-        call()
-        self._waited_s += time.perf_counter() - start
+        self._meter.timed(call, self._device)
 
     def _sum(self, parameters: list[torch.nn.Parameter], group: dist.ProcessGroup | None, size: int) -> None:
         if size == 1 or not parameters:

@@ -1,34 +1,90 @@
-"""Degrees of parallelism -> device mesh. All ranks are data-parallel; experts are spread over the axis ``ep``.
+"""Degrees of parallelism -> device mesh. Experts are spread over the axis ``ep``, sub-blocks over the axis ``tp``.
 
-rank = replica * ep + position in ep
+    without tensor parallelism    axes replica, ep          rank = replica * ep + position in ep
+    with it, experts whole        axes replica, tp          rank = replica * tp + position in tp
+    with it, experts spread       axes replica, ep_groups, tp
+                                  rank = replica * ep + ep_group * tp + position in tp
+
+Neighbors in ``tp`` see the same tokens; all other ranks are data-parallel. Experts are spread over whole ``tp`` groups,
+so ``ep`` is the two last axes together, and ``data``, the ranks with other tokens, the two first.
 """
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-EP_AXIS, REPLICA_AXIS = "ep", "replica"
+EP_AXIS, REPLICA_AXIS, TP_AXIS, EP_GROUPS_AXIS, DATA_AXIS = "ep", "replica", "tp", "ep_groups", "data"
+_TOGETHER = {EP_AXIS: (EP_GROUPS_AXIS, TP_AXIS), DATA_AXIS: (REPLICA_AXIS, EP_GROUPS_AXIS)}
 
 
-def build_mesh(ep: int, device_type: str = "cpu") -> DeviceMesh:
+def build_mesh(ep: int, device_type: str = "cpu", *, tp: int = 1) -> DeviceMesh:
     """The mesh of the ranks of the default process group, which has to be initialized.
 
     Args:
         ep: over how many neighboring ranks the experts of a layer are spread.
         device_type: ``cpu`` or ``cuda``.
+        tp: over how many neighboring ranks attention, dense MLPs and shared experts are cut.
 
     Returns:
-        A mesh with the axes ``replica`` and ``ep``.
+        A mesh with the axes of the module's table.
 
     Raises:
-        ValueError: `ep` does not divide the number of ranks.
+        ValueError: `ep` or `tp` does not divide the number of ranks, or `ep` would cut a tensor-parallel group.
     """
     world = dist.get_world_size()
     if ep < 1 or world % ep:
         raise ValueError(f"ep={ep} does not divide {world} ranks: choose a divisor of {world}")
-    return init_device_mesh(device_type, (world // ep, ep), mesh_dim_names=(REPLICA_AXIS, EP_AXIS))
+    if tp < 1 or world % tp:
+        raise ValueError(f"tp={tp} does not divide {world} ranks: choose a divisor of {world}")
+    if tp == 1:
+        return init_device_mesh(device_type, (world // ep, ep), mesh_dim_names=(REPLICA_AXIS, EP_AXIS))
+    if ep == 1:
+        return init_device_mesh(device_type, (world // tp, tp), mesh_dim_names=(REPLICA_AXIS, TP_AXIS))
+    if ep % tp:
+        raise ValueError(
+            f"ep={ep} is not a multiple of tp={tp}: experts are spread over whole tensor-parallel groups; choose ep=1 "
+            f"or a multiple of {tp}"
+        )
+    mesh = init_device_mesh(
+        device_type, (world // ep, ep // tp, tp), mesh_dim_names=(REPLICA_AXIS, EP_GROUPS_AXIS, TP_AXIS)
+    )
+    for name, axes in _TOGETHER.items():
+        mesh[axes]._flatten(name)
+    return mesh
 
 
 def axis_size(mesh: DeviceMesh, axis: str) -> int:
     """Number of ranks along an axis; 1 for an axis that the mesh does not have."""
+    size = 1
+    for name in axes_of(mesh, axis):
+        size *= mesh.size((mesh.mesh_dim_names or ()).index(name))
+    return size
+
+
+def axes_of(mesh: DeviceMesh, axis: str) -> tuple[str, ...]:
+    """The axes of the mesh that make up an axis: itself, two together, or none."""
     names = mesh.mesh_dim_names or ()
-    return mesh.size(names.index(axis)) if axis in names else 1
+    if axis in names:
+        return (axis,)
+    if axis in _TOGETHER and EP_GROUPS_AXIS in names:
+        return _TOGETHER[axis]
+    return (REPLICA_AXIS,) if axis == DATA_AXIS and TP_AXIS in names and REPLICA_AXIS in names else ()
+
+
+def axis_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
+    """The process group along an axis that the mesh has."""
+    axes = axes_of(mesh, axis)
+    return mesh.get_group(axes[0] if len(axes) == 1 else axis)
+
+
+def check_mesh(mesh: DeviceMesh) -> None:
+    """Refuse a mesh whose axes this project would read otherwise than its maker meant.
+
+    Raises:
+        ValueError: an axis ``ep`` beside an axis ``tp``.
+    """
+    names = mesh.mesh_dim_names or ()
+    if TP_AXIS in names and EP_AXIS in names:
+        raise ValueError(
+            f"mesh {names}: experts are spread over whole tensor-parallel groups, not beside them; make the mesh with "
+            "build_mesh(ep, tp=...)"
+        )

@@ -67,6 +67,10 @@ EMULATED = "parallel/test_emulated_link.py"
 ORDINARY = "models/test_ordinary_equals_untouched.py"
 WIRINGS = "models/test_wirings.py"
 GRID = "models/test_expert_parallel.py"
+CHAIN = "farskip/test_chain.py"
+REDUCTION = "farskip/test_reduction_autograd.py"
+REDUCED = "farskip/test_reduced_residual.py"
+TENSOR_GRID = "models/test_tensor_parallel.py"
 
 
 def slowest_link(wiring: str = "farskip") -> Catch:
@@ -91,6 +95,19 @@ SUMS = Catch(DATA_PARALLEL, "sums", (2, 1 << 20), 4)
 NORM = Catch(DATA_PARALLEL, "norm", (2, 0.25), 4)
 POINT = Catch(GRID, "run_corner", ({"world": 2, "ep": 2},), 2)
 NO_ROWS = Catch("models/test_hf_layer.py", "test_experts_without_a_row_keep_the_graph_whole", ("deepseek_v3",))
+
+
+def reduced(wiring: str = "ladder", mix: str = "dense", expert_parallel: bool = False) -> Catch:
+    return Catch(REDUCED, "test_serial_overlapped_and_the_plain_executor_agree", (wiring, mix, expert_parallel))
+
+
+def tensor_point(**changes: Any) -> Catch:
+    return Catch(TENSOR_GRID, "run_corner", (changes,), 2)
+
+
+REDUCES_UNDER_WAY = "test_all_reduces_are_under_way_exactly_while_the_schedule_says_so"
+FORWARD_UNDER_WAY = Catch(REDUCED, REDUCES_UNDER_WAY, ("ladder", "overlapped", "forward"))
+BACKWARD_UNDER_WAY = Catch(REDUCED, REDUCES_UNDER_WAY, ("ladder", "overlapped", "backward"))
 
 _CORE, _PARALLEL, _MODELS, _KERNELS = "farskip.", "farskip.parallel.", "farskip.models.", "farskip.triton_kernels."
 _FINISH = _CORE + "async_autograd:InFlight._finish"
@@ -189,8 +206,8 @@ MUTATIONS = [
     Mutation(
         "what is sent is let go before the wait",
         _CORE + "pending:Pending.wait",
-        "start = time.perf_counter()",
-        "start = time.perf_counter(); self._keep = ()",
+        "if self._meter is None:",
+        "self._keep = ()\n        if self._meter is None:",
         slowest_link(),
     ),
     Mutation(
@@ -516,36 +533,36 @@ MUTATIONS = [
     Mutation(
         "replicated gradients are not reduced",
         _PARALLEL + "data_parallel:DataParallel.reduce_gradients",
-        "self._sum(self._replicated_parameters, dist.group.WORLD, self.world_size)",
+        "self._sum(whole, self._data_group, self.data_size)",
         "None",
         SUMS,
     ),
     Mutation(
         "the norm counts replicated parameters on every rank",
         _PARALLEL + "data_parallel:DataParallel.clip_gradients",
-        "dist.all_reduce(squares[1]",
+        "dist.all_reduce(squares[row]",
         "dist.all_reduce(squares",
         NORM,
     ),
     Mutation(
         "the norm counts experts once per replica",
         _PARALLEL + "data_parallel:DataParallel.clip_gradients",
-        "group=self._mesh.get_group(EP_AXIS)",
+        "group=axis_group(self._mesh, axis)",
         "group=None",
         NORM,
     ),
     Mutation(
         "the norm forgets the experts of other ranks",
         _PARALLEL + "data_parallel:DataParallel.clip_gradients",
-        "if self._expert_parameters and",
+        "if parameters and",
         "if False and",
         NORM,
     ),
     Mutation(
         "clipping forgets the experts",
         _PARALLEL + "data_parallel:DataParallel.clip_gradients",
-        "(*self._replicated_parameters, *self._expert_parameters)",
-        "self._replicated_parameters",
+        "(*everywhere, *self._expert_parameters, *self._sliced_parameters)",
+        "(*everywhere, *self._sliced_parameters)",
         NORM,
     ),
     Mutation(
@@ -554,6 +571,199 @@ MUTATIONS = [
         "if flag]",
         "if all(p.grad is not None for p in parameters)]",
         Catch(DATA_PARALLEL, "absent_gradients", (), 2),
+    ),
+    # tensor parallelism: waits
+    Mutation(
+        "the stream is filled without a wait",
+        _CORE + "reduced_residual:ReducedResidual.wait",
+        "summed_BSD = pending.wait()",
+        "summed_BSD = pending.unfilled",
+        reduced(),
+    ),
+    Mutation(
+        "a reduced gradient is taken without a wait",
+        _CORE + "reduction_autograd:GradientSum._wait",
+        "self._sum = pending.wait()",
+        "self._sum = pending.unfilled",
+        reduced(),
+    ),
+    Mutation(
+        "the next sub-block does not wait for the stream",
+        _CORE + "stage_graph:_reduced_graph",
+        "(made_by,) if made_by is not None else ()",
+        "()",
+        reduced(),
+    ),
+    Mutation(
+        "an all-reduce does not wait for all that it carries",
+        _CORE + "stage_graph:_reduced_graph",
+        "tuple(key for block in group for key in made[block])",
+        "tuple(made[group[0]])",
+        reduced("parallel"),
+    ),
+    Mutation(
+        "outputs are waited for where their all-reduce is launched",
+        _CORE + "reduced_residual:ReducedResidual.launch",
+        "self._newest = point",
+        "self._newest = point; pending.wait()",
+        FORWARD_UNDER_WAY,
+    ),
+    Mutation(
+        "gradients are waited for where their all-reduce is launched",
+        _CORE + "reduction_autograd:GradientSum.arrive",
+        "if self._blocking:",
+        "if True:",
+        BACKWARD_UNDER_WAY,
+    ),
+    # tensor parallelism: taps and joins
+    Mutation(
+        "a tap hands its gradient to autograd too",
+        _CORE + "reduction_autograd:_Tap.backward",
+        "return None, None, None",
+        "return gradient, None, None",
+        reduced(),
+    ),
+    Mutation(
+        "a tap keeps its gradient",
+        _CORE + "reduction_autograd:_Tap.backward",
+        "ctx.gradients.arrive(ctx.number, gradient)",
+        "pass",
+        reduced(),
+    ),
+    Mutation(
+        "the last tap leaves the launch to the join",
+        _CORE + "reduction_autograd:GradientSum.arrive",
+        "if len(self._arrived) == self._num_taps:",
+        "if False:",
+        BACKWARD_UNDER_WAY,
+    ),
+    Mutation(
+        "the first of two taps launches",
+        _CORE + "reduction_autograd:GradientSum.arrive",
+        "if len(self._arrived) == self._num_taps:",
+        "if self._arrived:",
+        reduced("parallel"),
+    ),
+    Mutation(
+        "taps are added as they come",
+        _CORE + "reduction_autograd:GradientSum._launch",
+        "for tap in sorted(self._arrived)",
+        "for tap in self._arrived",
+        Catch(REDUCTION, "test_gradients_of_taps_are_added_in_the_order_of_the_taps"),
+    ),
+    Mutation(
+        "a join forgets the gradient of what it adds",
+        _CORE + "reduction_autograd:_Join.backward",
+        "return total, total, None",
+        "return total, None, None",
+        reduced(),
+    ),
+    Mutation(
+        "a join forgets its readers",
+        _CORE + "reduced_residual:ReducedResidual.launch",
+        "join(self._streams[before], partial_BSD, self._gradients.get(point))",
+        "join(self._streams[before], partial_BSD, None)",
+        reduced(),
+    ),
+    Mutation(
+        "the entry of a segment forgets its readers",
+        _CORE + "reduced_residual:ReducedResidual.__init__",
+        "enter(entering_BSD, self._gradients.get(point))",
+        "enter(entering_BSD, None)",
+        reduced(),
+    ),
+    Mutation(
+        "the stream is kept to the end",
+        _CORE + "reduced_residual:ReducedResidual._use",
+        "if self._uses_left[point] else",
+        "if True else",
+        Catch(REDUCED, "test_the_stream_is_let_go_point_by_point"),
+    ),
+    # tensor parallelism: orders and groups
+    Mutation(
+        "backward under tensor parallelism is the mirror",
+        _CORE + "schedule:build_schedule",
+        "if graph.chain is None:",
+        "if True:",
+        reduced(),
+    ),
+    Mutation(
+        "a join is thought to be made at its wait",
+        _CORE + "autograd_order:_nodes",
+        "if key in points:\n            if step.do is Do.LAUNCH:",
+        "if key in points:\n            if step.do is Do.WAIT:",
+        reduced(),
+    ),
+    Mutation(
+        "autograd is thought to run the oldest node first",
+        _CORE + "autograd_order:autograd_order",
+        "heapq.heappush(ready, (-created[read], read))",
+        "heapq.heappush(ready, (created[read], read))",
+        reduced(),
+    ),
+    Mutation(
+        "an all-reduce overtakes the one before it",
+        _CORE + "schedule:_overlapped",
+        "(may_reduce or not collective.is_reduction)",
+        "True",
+        Catch(CHAIN, "test_all_reduces_are_launched_in_the_order_of_the_stream", ("farskip",)),
+    ),
+    Mutation(
+        "outputs that are read apart share an all-reduce",
+        _CORE + "chain:_groups",
+        "if left_out:",
+        "if False:",
+        Catch(CHAIN, "test_ladder_hides_each_all_reduce_behind_the_next_sub_block_in_both_directions"),
+    ),
+    Mutation(
+        "the shared expert waits behind the routed ones",
+        _CORE + "stage_graph:_reduced_graph",
+        "if not chunks:",
+        "if False:",
+        Catch(CHAIN, "test_farskip_reduces_attention_and_shared_expert_together_under_the_routed_experts"),
+    ),
+    # tensor parallelism: between ranks
+    Mutation(
+        "partial gradients are not summed over the ranks",
+        _PARALLEL + "data_parallel:DataParallel.reduce_gradients",
+        "self._sum(self._partial_parameters, dist.group.WORLD, self.world_size)",
+        "None",
+        tensor_point(case="llama"),
+    ),
+    Mutation(
+        "whole gradients are summed over tp",
+        _PARALLEL + "data_parallel:DataParallel.reduce_gradients",
+        "self._sum(whole, self._data_group, self.data_size)",
+        "self._sum(whole, dist.group.WORLD, self.world_size)",
+        tensor_point(case="llama"),
+    ),
+    Mutation(
+        "the norm forgets the slices of other ranks",
+        _PARALLEL + "data_parallel:DataParallel.clip_gradients",
+        "TP_AXIS: self._sliced_parameters",
+        "TP_AXIS: []",
+        tensor_point(case="llama"),
+    ),
+    Mutation(
+        "clipping forgets the slices",
+        _PARALLEL + "data_parallel:DataParallel.clip_gradients",
+        "(*everywhere, *self._expert_parameters, *self._sliced_parameters)",
+        "(*everywhere, *self._expert_parameters)",
+        tensor_point(case="llama"),
+    ),
+    Mutation(
+        "every rank adds the bias of a row-parallel projection",
+        _MODELS + "tensor_parallel:cut_tensors",
+        "module.bias is not None and rank",
+        "False",
+        tensor_point(case="llama-biased-tied"),
+    ),
+    Mutation(
+        "every rank routes all tokens",
+        _CORE + "executor:_SegmentRun._tokens",
+        "return total * ranks.rank // ranks.size, total * (ranks.rank + 1) // ranks.size, total",
+        "return 0, total, total",
+        tensor_point(case="qwen3_moe"),
     ),
     # balance, links, simulator
     Mutation(

@@ -288,6 +288,49 @@ def test_torchrun_with_a_capacity(workshop: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wiring", ["ladder", "farskip"])
+def test_torchrun_with_tensor_parallelism(wiring: str, workshop: Any, farskip_command: Any, tmp_path: Path) -> None:
+    """Two ranks that share every tensor learn what one rank learns, and a run that was cut short goes on."""
+    more = [f"wiring.name={wiring}", "training.num_steps=4", "training.checkpoint.every_steps=2"]
+    words = workshop.pretrain(tmp_path / "two", *more, "parallel.tp=2")
+    for steps in ("2", "4"):
+        done = subprocess.run(
+            torchrun(*words, f"training.num_steps={steps}", "run.resume=true"),
+            cwd=tmp_path,
+            env=torchrun_environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert farskip_command(workshop.pretrain(tmp_path / "one", *more))[0] == 0
+    two, one = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("two", "one")
+    )
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (two, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert farskip.wiring_of(farskip.load(tmp_path / "two" / "model")).name == wiring
+
+
+@pytest.mark.slow
+def test_torchrun_repairs_under_tensor_parallelism(workshop: Any, pretrained: Runs, tmp_path: Path) -> None:
+    """Evaluation, generation and the report, too; the figures are those of one rank."""
+    original = pretrained("deepseek_v3") / "model"
+    for name, words in (("two", ["parallel.tp=2"]), ("one", [])):
+        command = workshop.distill(tmp_path / name, original, "wiring.name=ladder", "training.num_steps=2", *words)
+        started = torchrun(*command, ranks=2 if words else 1)
+        done = subprocess.run(started, cwd=tmp_path, env=torchrun_environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    tables = [
+        [line for line in (tmp_path / name / "report.md").read_text().splitlines() if line.startswith("| re")]
+        for name in ("two", "one")
+    ]
+    assert [len(table) for table in tables] == [2, 2]
+    numbers = [[float(cell.split()[0]) for row in table for cell in row.split("|")[2:5]] for table in tables]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-2)
+
+
+@pytest.mark.slow
 def test_torchrun_a_nan(workshop: Any, tmp_path: Path) -> None:
     more = ["training.optimizer.learning_rate=1e30", "training.optimizer.max_grad_norm=null"]
     words = workshop.pretrain(tmp_path / "run", *more)
