@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # Processes of pytest; a file's tests stay together, since ranks of two files at once starve each other on two cores.
-WORKERS ?= 0
+WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 

@@ -250,7 +250,7 @@ def test_an_ordinary_run_says_nothing_on_stderr(
     assert (code, error) == (0, "")
     assert "\r" not in out
     for line in out.splitlines():
-        assert re.match(r"step |original: |rewired: |repaired: |report: |/", line), line
+        assert re.match(r"kernels: |step |original: |rewired: |repaired: |report: |/", line), line
 
 
 def test_the_libraries_get_their_voice_back(farskip_command: Command, distilled: Runs) -> None:

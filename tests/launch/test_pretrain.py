@@ -70,7 +70,7 @@ def test_the_model_loads_and_is_what_was_measured(family: str, pretrained: Calla
     model = farskip.load(folder / "model")
     assert farskip.wiring_of(model).name == "ordinary"
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder / "model"))
-    _, data = build_text(config.data, Ranks(rank=0, world_size=1, device="cpu"))
+    _, data = build_text(config.data, config.parallel, Ranks(rank=0, world_size=1, device="cpu"))
     result = evaluate(HFLanguageModel(model), data.heldout_batches(2), SingleProcess(model))
     best = min(line["heldout_cross_entropy"] for line in metrics(folder) if "heldout_cross_entropy" in line)
     assert result.cross_entropy == best
