@@ -1,19 +1,22 @@
-"""Load a checkpoint with this rank's experts only: the others' bytes are never read.
+"""Load a checkpoint with this rank's experts and slices only: the bytes of the others' are never read.
 
 transformers builds the model without memory, renames and stacks what the files hold, and fills it. Two things are done
 to it from outside, and the rest is its own code, so that the result is the slice of what it would have loaded, in bits:
 
-* the parameters of the experts are cut to the slice's size before they have memory, and
+* the parameters of the experts, and those that tensor parallelism cuts, are cut to the slice's size before they have
+  memory, and
 * instead of files it gets the tensors as a dict: those of other ranks' experts are left out, those that hold all
-  experts are cut along their first dimension, and each is read from its file when transformers asks for its content.
+  experts are cut along their first dimension, those of attention, dense MLPs and shared experts along the dimension
+  that `farskip.models.tensor_parallel` says, and each is read from its file when transformers asks for its content.
 
 Legend: E experts.
 """
 
+import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from farskip.models.attach import layers_of
 from farskip.models.checkpoint_files import StoredCheckpoint, StoredTensor, has_safetensors, read_checkpoint
 from farskip.models.family import Family
-from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, axis_size
+from farskip.models.tensor_parallel import check_tensor_parallel, cut_parameters
+from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, axis_size, check_mesh
 
 _ONE_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<weight>.+)")
 _ALL_EXPERTS = re.compile(r"(?P<experts>.*\.experts)\.(?P<weight>[^.\d][^.]*)")
@@ -67,26 +71,54 @@ class ExpertSlice:
         return range(self.rank * local, (self.rank + 1) * local)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSlice:
+    """Which part of a dimension that tensor parallelism cuts is this rank's: the `rank`-th of `size` equal ones."""
+
+    rank: int
+    size: int
+
+    def of(self, length: int) -> range:
+        """This rank's part of a dimension that `size` divides."""
+        local = length // self.size
+        return range(self.rank * local, (self.rank + 1) * local)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankSlices:
+    """What of a checkpoint is this rank's.
+
+    Attributes:
+        experts: of every layer, over the ``ep`` axis.
+        tensors: of what is cut over the ``tp`` axis.
+    """
+
+    experts: ExpertSlice
+    tensors: TensorSlice
+
+
 class StoredSlice:
-    """A tensor in a file, or some of its rows; `tensor[...]` reads them. What transformers takes for a tensor.
+    """A tensor in a file, or a part of it; `tensor[...]` reads that. What transformers takes for a tensor.
 
     Args:
         stored: where it lies.
-        rows: of its first dimension; all if None.
+        part: of one dimension; all of it if None.
+        dim: which dimension.
     """
 
-    def __init__(self, stored: StoredTensor, rows: range | None = None) -> None:
+    def __init__(self, stored: StoredTensor, part: range | None = None, dim: int = 0) -> None:
         if stored.dtype not in _DTYPES:
             raise ValueError(f"{stored.file}: tensor {stored.name} has dtype {stored.dtype}, which cannot be loaded")
         self.dtype = _DTYPES[stored.dtype]
         self._stored = stored
-        self._rows = rows
+        self._part = part
+        self._dim = dim
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of what is read."""
         shape = self._stored.shape
-        return shape if self._rows is None else (len(self._rows), *shape[1:])
+        return shape if self._part is None else (*shape[: self._dim], len(self._part), *shape[self._dim + 1 :])
 
     def is_floating_point(self) -> bool:
         """As of a tensor."""
@@ -95,11 +127,15 @@ class StoredSlice:
     def __getitem__(self, index: Any) -> torch.Tensor:
         stored = self._stored
         result = torch.empty(self.shape, dtype=self.dtype)
-        start = stored.start
-        if self._rows is not None:
-            start += self._rows.start * (stored.num_bytes // stored.shape[0])
-        if result.numel():
-            _read_into(result, stored.file, start)
+        if not result.numel():
+            return result[index]
+        if self._part is None:
+            _read_into(result, stored.file, stored.start)
+        else:
+            num_stretches = math.prod(stored.shape[: self._dim])
+            stride = stored.num_bytes // num_stretches
+            start = stored.start + self._part.start * (stride // stored.shape[self._dim])
+            _read_into(result, stored.file, start, num_stretches, stride)
         return result[index]
 
 
@@ -148,30 +184,35 @@ def _read(value: Any) -> Any:
     return {key: _read(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
-def experts_here(folder: Path, config: Mapping[str, Any], mesh: DeviceMesh) -> ExpertSlice | None:
-    """The experts that this rank reads; None: all of them. Rank 0 warns if that is more than the mesh lets it keep.
+def slices_here(folder: Path, config: Mapping[str, Any], mesh: DeviceMesh) -> RankSlices | None:
+    """What this rank reads; None: everything. Rank 0 warns if that is more than the mesh lets it keep.
 
     Args:
         folder: of the checkpoint.
         config: its config.json.
         mesh: of all ranks.
+
+    Raises:
+        ValueError: a mesh that `check_mesh` refuses.
     """
-    size, reason = axis_size(mesh, EP_AXIS), why_whole(folder, config)
-    if size > 1 and reason is not None:
-        _warn(mesh, f"load {folder}: every rank reads the whole checkpoint, because {reason}")
-    elif axis_size(mesh, TP_AXIS) > 1:
-        _warn(
-            mesh,
-            f"load {folder}: every rank reads all of attention, dense MLPs and shared experts before tensor "
-            "parallelism cuts them; only experts are read in slices",
-        )
-    if size == 1 or reason is not None:
+    check_mesh(mesh)
+    if axis_size(mesh, EP_AXIS) == axis_size(mesh, TP_AXIS) == 1:
         return None
-    return ExpertSlice(rank=dist.get_rank(axis_group(mesh, EP_AXIS)), size=size)
+    reason = why_whole(folder, config)
+    if reason is not None:
+        _warn(mesh, f"load {folder}: every rank reads the whole checkpoint, because {reason}")
+        return None
+    return RankSlices(experts=ExpertSlice(**_place(mesh, EP_AXIS)), tensors=TensorSlice(**_place(mesh, TP_AXIS)))
+
+
+def _place(mesh: DeviceMesh, axis: str) -> dict[str, int]:
+    """This rank's number along an axis, and the axis's size."""
+    size = axis_size(mesh, axis)
+    return {"rank": dist.get_rank(axis_group(mesh, axis)) if size > 1 else 0, "size": size}
 
 
 def why_whole(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The reason why the experts of a checkpoint cannot be read in slices; None if there is none."""
+    """The reason why a checkpoint cannot be read in slices; None if there is none."""
     if config.get("quantization_config") is not None:
         return "its tensors are quantized, and transformers undoes that as a whole"
     if not has_safetensors(folder):
@@ -180,33 +221,42 @@ def why_whole(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def load_slice(
-    family: Family, folder: Path, config: Any, here: ExpertSlice, **arguments: Any
+    family: Family, folder: Path, config: Any, here: RankSlices, **arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """What ``from_pretrained`` gives, with this rank's experts only. ``num_experts`` of their modules still is E.
+    """What ``from_pretrained`` gives, with this rank's experts and slices only. What modules say of themselves, as
+    ``num_experts`` or ``out_features``, still is of the whole.
 
     Args:
         family: of the model.
         folder: of the checkpoint, in safetensors.
         config: transformers' config.
-        here: which experts.
+        here: which of them.
         **arguments: for ``from_pretrained``; with ``output_loading_info``.
 
     Returns:
         The model, and what is missing, unexpected or of another shape.
 
     Raises:
-        ValueError: a damaged file, missing experts, experts that cannot be shared out equally, or another number of
-            them than the config says.
+        ValueError: a damaged file, missing experts, experts that cannot be shared out equally, another number of them
+            than the config says, or what `check_tensor_parallel` refuses. No tensor was read then.
 
     Note: memory of the process is that of the slice and of what transformers needs to stack one layer's.
     """
     from transformers import GenerationConfig
 
-    tensors, counts = _slice_tensors(read_checkpoint(folder), here)
+    stored = read_checkpoint(folder)
+    tensors, counts = _slice_experts(stored, here.experts)
+
+    def cut(model: Any) -> None:
+        for layer in layers_of(model):
+            experts = family.sub_blocks(layer).experts
+            if experts is not None:
+                _cut_experts(experts, here.experts, set(counts.values()))
+        if here.tensors.size > 1:
+            tensors.update(_slice_tensors(model, family, stored, here.tensors))
+
     model_class = family.model_class()
-    model, info = _cut_class(family, model_class, here, counts).from_pretrained(
-        None, config=config, state_dict=tensors, **arguments
-    )
+    model, info = _cut_class(model_class, cut).from_pretrained(None, config=config, state_dict=tensors, **arguments)
     model.__class__ = model_class
     model.config.name_or_path = model.name_or_path = str(folder)
     # As transformers does where it is given a folder.
@@ -219,10 +269,10 @@ def load_slice(
     return model, info
 
 
-def _slice_tensors(
+def _slice_experts(
     stored: StoredCheckpoint, here: ExpertSlice
 ) -> tuple[dict[str, StoredSlice | ReadWhenUsed], dict[str, int]]:
-    """This rank's part of every tensor, and how many experts each MoE has in the checkpoint."""
+    """Every tensor, of experts this rank's only; and how many experts each MoE has in the checkpoint."""
     one, all_of = {}, {}
     found: dict[str, dict[str, set[int]]] = {}
     for name, tensor in stored.tensors.items():
@@ -264,16 +314,36 @@ def _refuse_absent(folder: Path, found: Mapping[str, Mapping[str, set[int]]], co
         )
 
 
-def _cut_class(family: Family, model_class: Any, here: ExpertSlice, counts: Mapping[str, int]) -> Any:
-    """The model's class, whose experts are this rank's when it is made. Named as the class itself, because transformers
-    looks up its abilities, its renamings and its hooks by name and module."""
+def _slice_tensors(model: Any, family: Family, stored: StoredCheckpoint, here: TensorSlice) -> dict[str, StoredSlice]:
+    """Cut the parameters of a model that has no memory yet as tensor parallelism does. Returns their parts of files.
+
+    Raises:
+        ValueError: what `check_tensor_parallel` refuses, or a tensor that is not as large as the config says.
+    """
+    check_tensor_parallel(model, family, [family.sub_blocks(layer) for layer in layers_of(model)], here.size)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found, slices = stored.tensors, {}
+    for name, dim in cut_parameters(model, family, here.rank, here.size).items():
+        # A checkpoint of the backbone alone has names without its prefix.
+        tensor = found.get(name) or found.get(name.removeprefix(f"{model.base_model_prefix}."))
+        if tensor is None:
+            continue  # transformers will say that it is missing
+        if tensor.shape != shapes[name]:
+            raise ValueError(
+                f"load {stored.folder}: mismatched tensors: {tensor.name} has shape {tensor.shape} instead of "
+                f"{shapes[name]}; the checkpoint does not fit its config"
+            )
+        slices[tensor.name] = StoredSlice(tensor, here.of(tensor.shape[dim]), dim)
+    return slices
+
+
+def _cut_class(model_class: Any, cut: Callable[[Any], None]) -> Any:
+    """The model's class, cut when it is made. Named as the class itself, because transformers looks up its abilities,
+    its renamings and its hooks by name and module."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, *args, **kwargs)
-        for layer in layers_of(self):
-            experts = family.sub_blocks(layer).experts
-            if experts is not None:
-                _cut_experts(experts, here, set(counts.values()))
+        cut(self)
 
     names = {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
     return type(model_class.__name__, (model_class,), {"__init__": init, **names})
@@ -292,16 +362,20 @@ def _cut_experts(experts: nn.Module, here: ExpertSlice, stored_counts: set[int])
         setattr(experts, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
 
-def _read_into(tensor: torch.Tensor, file: Path, start: int) -> None:
-    """Fill a contiguous tensor from a file. One that became shorter since its header was read is an error."""
+def _read_into(tensor: torch.Tensor, file: Path, start: int, num_stretches: int = 1, stride: int = 0) -> None:
+    """Fill a contiguous tensor from equal stretches of a file, `stride` bytes from one start to the next. One that
+    became shorter since its header was read is an error."""
     bytes_of_tensor: Any = tensor.flatten().view(torch.uint8).numpy()
-    content = memoryview(bytes_of_tensor)
+    stretch = bytes_of_tensor.nbytes // num_stretches
     with open(file, "rb", buffering=0) as source:
-        while content:
-            count = os.preadv(source.fileno(), [content], start)
-            if count == 0:
-                raise ValueError(f"{file}: it ends where a tensor should be; the file is incomplete, copy it again")
-            content, start = content[count:], start + count
+        for number in range(num_stretches):
+            content = memoryview(bytes_of_tensor)[number * stretch : (number + 1) * stretch]
+            place = start + number * stride
+            while content:
+                count = os.preadv(source.fileno(), [content], place)
+                if count == 0:
+                    raise ValueError(f"{file}: it ends where a tensor should be; the file is incomplete, copy it again")
+                content, place = content[count:], place + count
 
 
 def _warn(mesh: DeviceMesh, message: str) -> None:

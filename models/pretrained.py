@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from farskip.models.attach import attachment_of
 from farskip.models.checkpoint_files import has_safetensors, read_checkpoint
-from farskip.models.expert_slices import ExpertSlice, experts_here, load_slice
+from farskip.models.expert_slices import RankSlices, load_slice, slices_here
 from farskip.models.export import read_record
 from farskip.models.family import Family
 from farskip.models.mtp_tensors import carried_mtp_tensors, carry_mtp_tensors, everything_reported, is_mtp
@@ -49,31 +49,32 @@ def load(
         layers: which layers, for a name; all if None.
         dtype: of the parameters; None for that of the checkpoint.
         device: where the model goes.
-        mesh: spread the experts over its ``ep`` axis (see `parallelize`).
+        mesh: spread the experts over its ``ep`` axis, and cut the other sub-blocks over its ``tp`` axis (see
+            `parallelize`).
 
     Returns:
         The transformers model, in evaluation mode.
 
     Raises:
         ValueError: not a checkpoint, unknown family, missing or extra tensors, a damaged file, a quantization that
-            cannot be undone.
+            cannot be undone, or what `parallelize` refuses.
         RuntimeError: undoing a quantization needs accelerate, which is not installed.
 
-    Note: with a mesh, a rank reads of the experts its own only (`farskip.models.expert_slices`). What it has to read
-    whole although it keeps a slice, rank 0 warns of.
+    Note: with a mesh, a rank reads of the experts its own only, and of what tensor parallelism cuts its slices only
+    (`farskip.models.expert_slices`). Where it has to read everything although it keeps a part, rank 0 warns.
     """
     folder = Path(path)
     config_dict = _read_config(folder)
     family, recorded = read_record(folder, config_dict)
     _ask_for_plain_weights(folder, config_dict)
-    here = None if mesh is None else experts_here(folder, config_dict, mesh)
+    here = None if mesh is None else slices_here(folder, config_dict, mesh)
     model = _load_transformers(folder, family, config_dict, dtype, here).to(device)
     chosen = recorded if wiring is None else wiring
     if chosen is None and layers is not None:
         raise ValueError(f"load {folder}: layers={layers!r} needs wiring=, the checkpoint itself is ordinary")
     if chosen is not None:
         rewire(model, chosen, "all" if layers is None else layers)
-    return parallelize(model, mesh, experts_cut=here is not None) if mesh is not None else model
+    return parallelize(model, mesh, already_cut=here is not None) if mesh is not None else model
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> None:
@@ -163,7 +164,7 @@ def _load_transformers(
     family: Family,
     config_dict: dict[str, Any],
     dtype: torch.dtype | None,
-    here: ExpertSlice | None = None,
+    here: RankSlices | None = None,
 ) -> Any:
     import transformers
     from safetensors import SafetensorError
