@@ -169,7 +169,7 @@ def _sequence_sums(
 def _check_equal_counts(num_batches: int, communicator: Communicator, device: torch.device) -> None:
     counts_R = torch.zeros(communicator.data_size, dtype=torch.float64, device=device)
     counts_R[communicator.data_rank] = num_batches
-    counts = [int(n) for n in communicator.all_reduce_sum(counts_R).tolist()]
+    counts = [int(n) for n in _sum_of_shares(counts_R, communicator).tolist()]
     if min(counts) != max(counts) or counts[0] == 0:
         raise ValueError(
             f"held-out batches per rank are {counts}: every rank needs the same number, at least 1; "
@@ -181,11 +181,16 @@ def _gather(rows_n4: Tensor, communicator: Communicator) -> Tensor:
     """All ranks' rows, rank by rank, equal on every rank: a sum in which each rank fills its own place."""
     counts_R = rows_n4.new_zeros(communicator.data_size)
     counts_R[communicator.data_rank] = rows_n4.shape[0]
-    counts = [int(n) for n in communicator.all_reduce_sum(counts_R).tolist()]
+    counts = [int(n) for n in _sum_of_shares(counts_R, communicator).tolist()]
     start = sum(counts[: communicator.data_rank])
     all_rows_N4 = rows_n4.new_zeros(sum(counts), rows_n4.shape[1])
     all_rows_N4[start : start + rows_n4.shape[0]] = rows_n4
-    return communicator.all_reduce_sum(all_rows_N4).cpu()
+    return _sum_of_shares(all_rows_N4, communicator).cpu()
+
+
+def _sum_of_shares(tensor: Tensor, communicator: Communicator) -> Tensor:
+    """The sum over the shares of the data, from all processes: decisions hang on it, so all get the same."""
+    return communicator.sum_over_processes(tensor) / (communicator.world_size // communicator.data_size)
 
 
 def _ratio(sums_N: Tensor, counts_N: Tensor) -> tuple[float, float]:

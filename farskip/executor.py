@@ -197,18 +197,12 @@ class _SegmentRun:
         self._rows: dict[Key, torch.Tensor] = {}
         self._in_flight: dict[Key, InFlight] = {}
         self._backward_ended: Ended | None = None
-        self._stages: Mapping[str, Callable[[Key], None]] = {
-            ATTENTION_IN: self._attention,
-            MLP: self._mlp,
-            ROUTE: self._route,
-            EXPERTS: self._experts,
-            SHARED: self._shared,
-            MERGE: self._merge,
-        }
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         self._advance(until=None)
-        return self._residual.leave()
+        streams = self._residual.leave()
+        del self._residual  # it knows whom to notify, and that is this object
+        return streams
 
     def _advance(self, until: Key | None) -> None:
         """Execute instructions up to, not including, the run of `until`."""
@@ -222,7 +216,7 @@ class _SegmentRun:
             elif step.do is Do.WAIT:
                 self._wait(step.key)
             else:
-                self._stages[step.key.stage](step.key)
+                _STAGES[step.key.stage](self, step.key)
 
     # collectives
 
@@ -326,7 +320,8 @@ class _SegmentRun:
             if normed_BSD.numel():
                 output_BSD = block.routed(normed_BSD, routing)
             else:  # a share of no token
-                output_BSD = block.expert_rows(normed_BSD[0], routing.experts_TK.reshape(-1))
+                rows_RD = block.expert_rows(normed_BSD[0], routing.experts_TK.reshape(-1))
+                output_BSD = rows_RD + routing.weights_TK.sum()  # of nothing: keeps the router in the graph
             (output_BSD,) = self._mark_outputs(key, self._widened(output_BSD))
             self._residual.put(key.layer, ROUTED, output_BSD)
         else:
@@ -419,3 +414,14 @@ class _SegmentRun:
 
 def _nothing() -> None:
     return None
+
+
+# Not bound to a run: what refers to itself lives until the garbage collector comes, and a run holds the cache.
+_STAGES: Mapping[str, Callable[[_SegmentRun, Key], None]] = {
+    ATTENTION_IN: _SegmentRun._attention,
+    MLP: _SegmentRun._mlp,
+    ROUTE: _SegmentRun._route,
+    EXPERTS: _SegmentRun._experts,
+    SHARED: _SegmentRun._shared,
+    MERGE: _SegmentRun._merge,
+}

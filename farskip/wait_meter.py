@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 import torch
 
+_MOST_STALLS = 512
+"""Pairs of events from which on those that are over are added up, though nobody asks."""
+
 
 class WaitMeter:
     """Sums the stand-stills of one rank."""
@@ -25,6 +28,8 @@ class WaitMeter:
             wait()
             end.record()
             self._stalls.append((begin, end))
+            if len(self._stalls) >= _MOST_STALLS:
+                self._add_finished()
         else:
             start = time.perf_counter()
             wait()
@@ -32,8 +37,17 @@ class WaitMeter:
 
     def seconds(self) -> float:
         """Seconds since the meter was made. Note: waits for what was launched on CUDA up to the last `timed`."""
-        for begin, end in self._stalls:
+        for _, end in self._stalls:
             end.synchronize()
-            self._seconds += begin.elapsed_time(end) / 1e3
-        self._stalls.clear()
+        self._add_finished()
         return self._seconds
+
+    def _add_finished(self) -> None:
+        """Add what is over and forget its events."""
+        waiting = []
+        for begin, end in self._stalls:
+            if end.query():
+                self._seconds += begin.elapsed_time(end) / 1e3
+            else:
+                waiting.append((begin, end))
+        self._stalls = waiting

@@ -140,10 +140,11 @@ def prepare(
             model,
             aux_coefficient=balance.aux_coefficient,
             bias_rate=balance.bias_rate,
-            sum_over_ranks=communicator.all_reduce_sum,
+            # Over processes: under tensor parallelism each of them routes its share of the same tokens.
+            sum_over_ranks=communicator.sum_over_processes,
         )
         if mesh is not None and dispatcher is not None and dispatcher.capacity is not None:
-            balancer = DroppedRows(dispatcher, balancer, communicator.all_reduce_sum)
+            balancer = DroppedRows(dispatcher, balancer, communicator.sum_over_processes, device=ranks.device)
     return Prepared(model=model, language_model=HFLanguageModel(model), communicator=communicator, balancer=balancer)
 
 

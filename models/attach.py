@@ -35,11 +35,13 @@ class Attachment:
     Attributes:
         executor: runs the segments.
         checkpoint_layers: layers per recomputed segment when gradient checkpointing is on.
+        recomputes_stages: whether stages keep only their inputs; survives a new executor.
     """
 
     def __init__(self, model: Any, executor: Executor) -> None:
         self.executor = executor
         self.checkpoint_layers = 1
+        self.recomputes_stages = False
         self.sharded_experts: tuple[str, ...] = ()
         self.tensor_layout = TensorLayout()
         self.mesh: Any = None
@@ -128,6 +130,10 @@ def attach(model: Any, executor: Executor) -> Attachment:
     """Make the executor run the model's layers. Replaces an executor that is already attached."""
     previous = attachment_of(model)
     if previous is not None:
+        if previous.recomputes_stages:
+            from farskip.models.recompute import recomputed
+
+            executor.sub_blocks = recomputed(executor.sub_blocks)
         previous.executor = executor
         return previous
     install_seam(model)

@@ -58,9 +58,18 @@ class DroppedRows:
         dispatcher: the one with the capacity.
         balancer: the router's balancer, if there is one.
         sum_over_ranks: sums a tensor over all ranks.
+        device: where such a tensor has to lie.
     """
 
-    def __init__(self, dispatcher: AllToAllDispatcher, balancer: Balancer | None, sum_over_ranks: SumOverRanks) -> None:
+    def __init__(
+        self,
+        dispatcher: AllToAllDispatcher,
+        balancer: Balancer | None,
+        sum_over_ranks: SumOverRanks,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self._device = device
         self._dispatcher = dispatcher
         self._balancer = balancer
         self._sum = sum_over_ranks
@@ -73,6 +82,7 @@ class DroppedRows:
     def update(self) -> Mapping[str, float]:
         """See `Balancer.update`; adds ``dispatch/dropped_share``, dropped rows over all rows. A collective."""
         metrics = dict(self._balancer.update()) if self._balancer is not None else {}
-        dropped, total = self._sum(torch.tensor(self._dispatcher.take_dropped(), dtype=torch.float64)).tolist()
+        counts = torch.tensor(self._dispatcher.take_dropped(), dtype=torch.float64, device=self._device)
+        dropped, total = self._sum(counts).tolist()
         metrics["dispatch/dropped_share"] = dropped / total if total else 0.0
         return metrics

@@ -6,6 +6,7 @@ beside its place, brought to the disk, and renamed; if anything goes wrong, noth
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,19 +75,22 @@ def replaced_when_complete(folder: Path) -> Iterator[Path]:
 
     If the block fails, the fresh folder is removed, with the parents that were made for it, and `folder` is as before.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # a link stays where it is, and what it leads to is replaced
     new_parents = [parent for parent in folder.parents if not parent.exists()]
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    complete = False
+    fresh = _name_beside(folder, "part")
+    made = complete = False
     try:
-        fresh.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+        made = True
         yield fresh
         _bring_to_disk(fresh)
         _exchange(folder, fresh)
         complete = True
     finally:
         if not complete:
-            shutil.rmtree(fresh, ignore_errors=True)
+            if made:
+                shutil.rmtree(fresh, ignore_errors=True)
             for parent in new_parents:
                 if parent.exists() and not any(parent.iterdir()):
                     parent.rmdir()
@@ -96,7 +100,7 @@ def _exchange(folder: Path, fresh: Path) -> None:
     if not folder.exists():
         fresh.rename(folder)
         return
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+    replaced = _name_beside(folder, "replaced")
     folder.rename(replaced)
     try:
         fresh.rename(folder)
@@ -104,6 +108,11 @@ def _exchange(folder: Path, fresh: Path) -> None:
         replaced.rename(folder)
         raise
     shutil.rmtree(replaced)
+
+
+def _name_beside(folder: Path, ending: str) -> Path:
+    """A name that nobody else has, be it a process of another machine."""
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{ending}")
 
 
 def _bring_to_disk(folder: Path) -> None:

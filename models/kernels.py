@@ -48,6 +48,11 @@ def dispatcher_backend(setting: str) -> str | None:
     return {"auto": None, "triton": "triton", "reference": "reference", "off": "reference"}[setting]
 
 
+def setting_of(model: Any) -> str:
+    """What `use_kernels` was last called with; ``auto`` if it was not."""
+    return str(model.__dict__.get(_SETTING, "auto"))
+
+
 def use_kernels(model: Any, setting: str = "auto") -> None:
     """Have the routers and routed experts of a model run on the fused kernels, or no longer.
 
@@ -63,6 +68,7 @@ def use_kernels(model: Any, setting: str = "auto") -> None:
 
     check_setting(setting)
     family = family_of_model(model)
+    model.__dict__[_SETTING] = setting
     for layer in layers_of(model):
         block = family.sub_blocks(layer)
         if block.experts is None:

@@ -18,6 +18,7 @@ from farskip.executor import Executor
 from farskip.models.attach import attach, attachment_of, layers_of
 from farskip.models.family import family_of_model
 from farskip.models.hf_layer import HFSubBlocks
+from farskip.models.kernels import dispatcher_backend, setting_of
 from farskip.models.surgery import wiring_of
 from farskip.models.tensor_parallel import check_tensor_parallel, cut_tensors
 from farskip.parallel.collectives import ProcessGroupLink
@@ -74,8 +75,9 @@ def parallelize(
     num_experts = max((_num_experts(block) for block in blocks), default=0)
     dispatcher = None
     if ep > 1 and num_experts:
+        backend = dispatcher_backend(setting_of(model))
         rows_link = link or ProcessGroupLink(axis_group(mesh, EP_AXIS))
-        dispatcher = AllToAllDispatcher(rows_link, num_experts, chunks, capacity=capacity)
+        dispatcher = AllToAllDispatcher(rows_link, num_experts, chunks, capacity=capacity, backend=backend)
     tensor_parallel = None
     if axis_size(mesh, TP_AXIS) > 1:
         if not already_cut:
@@ -127,13 +129,21 @@ def tune_schedule(model: Any, step: Callable[[], None], num_steps: int = 2) -> S
     finally:
         executor.observers.remove(timer)
         executor.routing_hook = hook
+        if isinstance(executor.dispatcher, AllToAllDispatcher):
+            executor.dispatcher.take_dropped()
     times: StageTimes = _agree(timer.times())
     executor.reschedule(mode, times)
     return times
 
 
-def full_state_dict(model: Any) -> dict[str, torch.Tensor]:
-    """The whole model's state dict, slices of all ranks together, on every rank. A collective for a parallel model."""
+def full_state_dict(model: Any, *, first_rank_only: bool = False) -> dict[str, torch.Tensor]:
+    """The whole model's state dict, slices of all ranks together. A collective for a parallel model.
+
+    Args:
+        model: a model, parallel or not.
+        first_rank_only: rank 0 of a parallel model gets what was gathered, in CPU memory, and the others nothing, so
+            that no device has to hold the whole model.
+    """
     state = dict(model.state_dict())
     attachment = attachment_of(model)
     if attachment is None or attachment.mesh is None:
@@ -141,8 +151,12 @@ def full_state_dict(model: Any) -> dict[str, torch.Tensor]:
     cut = dict.fromkeys(attachment.sharded_experts, (0, EP_AXIS))
     cut |= {name: (dim, TP_AXIS) for name, dim in attachment.tensor_layout.sharded.items()}
     for name, (dim, axis) in cut.items():
-        state[name] = gather_slices(state[name], dim, axis_group(attachment.mesh, axis))
-    return state
+        whole = gather_slices(state[name], dim, axis_group(attachment.mesh, axis))
+        if not first_rank_only:
+            state[name] = whole
+        elif dist.get_rank() == 0:
+            state[name] = whole.cpu()
+    return {} if first_rank_only and dist.get_rank() != 0 else state
 
 
 def _num_experts(block: HFSubBlocks) -> int:

@@ -9,8 +9,7 @@ import importlib.util
 import json
 import os
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from farskip.models.checkpoint_files import has_safetensors, read_checkpoint
 from farskip.models.expert_slices import RankSlices, load_slice, slices_here
 from farskip.models.export import read_record
 from farskip.models.family import Family
+from farskip.models.folder_copy import replaced_when_complete
 from farskip.models.mtp_tensors import carried_mtp_tensors, carry_mtp_tensors, everything_reported, is_mtp
 from farskip.models.parallelize import full_state_dict, parallelize
 from farskip.models.saving import complete_checkpoint
@@ -87,41 +87,45 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: unknown family, or `path` holds something that is not a checkpoint.
     """
-    wiring, folder = wiring_of(model), Path(path)
-    state = full_state_dict(model)
+    wiring, folder = wiring_of(model), Path(path).resolve()
     attachment = attachment_of(model)
-    is_parallel = attachment is not None and attachment.mesh is not None
-    if not is_parallel or dist.get_rank() == 0:
-        _write(model, state, wiring, folder)
-    if is_parallel:
-        dist.barrier()
+    if attachment is None or attachment.mesh is None:
+        _check_target(folder)
+        _write(model, full_state_dict(model), wiring, folder)
+        return
+    _on_first_rank(lambda: _check_target(folder))  # before anything is gathered
+    state = full_state_dict(model, first_rank_only=True)
+    _on_first_rank(lambda: _write(model, state, wiring, folder))
 
 
-def _write(model: Any, state: dict[str, torch.Tensor], wiring: Wiring, folder: Path) -> None:
+def _check_target(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save {folder}: it is a file, not a folder; choose another path")
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise ValueError(f"save {folder}: the folder holds something that is not a checkpoint; choose another path")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
+
+
+def _write(model: Any, state: dict[str, torch.Tensor], wiring: Wiring, folder: Path) -> None:
+    with replaced_when_complete(folder) as fresh:
         model.save_pretrained(fresh, state_dict=state)
         if attachment_of(model) is None:  # else its own `save_pretrained` has done so
             complete_checkpoint(model, wiring, fresh)
-        if folder.exists():
-            replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
-            folder.rename(replaced)
-            try:
-                fresh.rename(folder)
-            except BaseException:
-                replaced.rename(folder)
-                raise
-            shutil.rmtree(replaced)
-        else:
-            fresh.rename(folder)
-    finally:
-        if fresh.exists():
-            shutil.rmtree(fresh)
+
+
+def _on_first_rank(action: Callable[[], None]) -> None:
+    """Rank 0 acts, and all ranks go on together or raise together. A collective."""
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+    said = [None if error is None else f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(said, src=0)
+    if error is not None:
+        raise error
+    if said[0] is not None:
+        raise RuntimeError(f"save: rank {dist.get_rank()} stops because rank 0 could not write: {said[0]}")
 
 
 def _ask_for_plain_weights(folder: Path, config: dict[str, Any]) -> None:

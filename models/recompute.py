@@ -9,7 +9,7 @@ those of a run without it. Full recomputation is another thing: there a whole se
 Legend: B batch, S sequence, D hidden, R rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,9 +67,14 @@ def recompute_stages(model: Any) -> None:
     attachment = attachment_of(model)
     if attachment is None:
         raise ValueError("recompute_stages: farskip is not attached to this model; call rewire or parallelize first")
-    attachment.executor.sub_blocks = tuple(
-        block if isinstance(block, RecomputedSubBlocks) else RecomputedSubBlocks(block)
-        for block in attachment.executor.sub_blocks
+    attachment.recomputes_stages = True
+    attachment.executor.sub_blocks = recomputed(attachment.executor.sub_blocks)
+
+
+def recomputed(sub_blocks: Sequence[Any]) -> tuple[Any, ...]:
+    """The same sub-blocks, each wrapped once."""
+    return tuple(
+        block if isinstance(block, RecomputedSubBlocks) else RecomputedSubBlocks(block) for block in sub_blocks
     )
 
 

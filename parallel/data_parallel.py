@@ -81,6 +81,9 @@ class DataParallel:
         for row, (axis, parameters) in enumerate(slices.items(), start=1):
             if parameters and axis_size(self._mesh, axis) > 1:
                 dist.all_reduce(squares[row], group=axis_group(self._mesh, axis))
+        if self._tensor_parallel:  # equal up to chance on ranks that share tensors; whether to stop hangs on it
+            dist.all_reduce(squares, group=axis_group(self._mesh, TP_AXIS))
+            squares /= axis_size(self._mesh, TP_AXIS)
         norm = squares.sum().sqrt()
         if max_norm is not None:
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

@@ -73,6 +73,8 @@ def axes_of(mesh: DeviceMesh, axis: str) -> tuple[str, ...]:
 def axis_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
     """The process group along an axis that the mesh has."""
     axes = axes_of(mesh, axis)
+    if not axes:
+        raise ValueError(f"mesh {mesh.mesh_dim_names} has no axis for {axis!r}; make it with build_mesh(ep, tp=...)")
     return mesh.get_group(axes[0] if len(axes) == 1 else axis)
 
 

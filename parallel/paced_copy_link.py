@@ -1,9 +1,9 @@
 """The one-GPU test bed: an emulated link, a paced copy on a side stream that takes as long as a given wire would.
 
-One rank exchanges with itself. The rows are really copied, on a stream of high priority, and then that stream stands
-still, on one thread of one multiprocessor, until a wire of the given bandwidth and latency would have carried them. So
-launches, events, streams and memory lifetimes are those of a collective, and compute loses next to nothing. Figures
-taken over it are figures of an emulation, and everything that prints them says so.
+One rank exchanges with itself. On a stream of high priority, which stands still, on one thread of one multiprocessor,
+for as long as a wire of the given bandwidth and latency needs, and then really copies the rows. So launches, events,
+streams and memory lifetimes are those of a collective, compute loses next to nothing, and what is read before it was
+waited for is not there. Figures taken over it are figures of an emulation, and everything that prints them says so.
 
 Pacing is by the clock of the multiprocessors, which is measured when the link is made.
 """
@@ -70,9 +70,11 @@ class PacedCopyLink:
         seconds = output.nbytes * self._seconds_per_byte + self._latency_s
         self._stream.wait_stream(torch.cuda.current_stream(output.device))
         with torch.cuda.stream(self._stream), torch.profiler.record_function(f"{RANGE_PREFIX}{name}"):
-            if tensor is not None:
-                output.copy_(tensor, non_blocking=True)
+            sent = output.clone() if tensor is None else tensor
+            if tensor is None:
+                output.fill_(float("nan"))  # what is read too early shows
             torch.cuda._sleep(int(seconds * self._cycles_per_s))
+            output.copy_(sent, non_blocking=True)
         # Freed memory may be handed out again at once to the stream that it came from: not before this one is done.
         for used in (output, tensor):
             if used is not None:

@@ -31,6 +31,9 @@ class Event:
     def synchronize(self) -> None:
         Event.log.append("synchronize")
 
+    def query(self) -> bool:
+        return True
+
     def elapsed_time(self, end: "Event") -> float:
         return end.at_ms - self.at_ms
 
@@ -50,6 +53,20 @@ def test_on_cuda_events_tell_and_the_host_waits_only_when_asked(monkeypatch: pyt
     assert meter.seconds() == pytest.approx(0.5)
     assert meter.seconds() == pytest.approx(0.5), "what was read is not read again"
     assert Event.log[4:] == ["synchronize"] * 2
+
+
+def test_nobody_has_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that never reads its meter keeps a bounded number of events, and no time is lost."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    meter = WaitMeter()
+
+    def wait() -> None:
+        Event.clock_ms += 1.0
+
+    for _ in range(3000):
+        meter.timed(wait, torch.device("cuda"))
+        assert len(meter._stalls) <= 512
+    assert meter.seconds() == pytest.approx(3.0)
 
 
 @pytest.mark.gpu

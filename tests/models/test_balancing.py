@@ -1,5 +1,7 @@
 """Load balancing attached to real models: it reads the routers' logits, and moves the biases that the routers use."""
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 import torch
 
@@ -7,10 +9,27 @@ from farskip.executor import Executor
 from farskip.models.attach import attach, attachment_of, layers_of
 from farskip.models.balancing import DroppedRows, balance_model
 from farskip.models.family import family_of_model
+from farskip.models.parallelize import parallelize
 from farskip.models.surgery import rewire, wiring_of
-from farskip.models.testing_models import FAMILIES, NUM_EXPERTS, TOP_K, run_backward, tiny_model, token_ids
+from farskip.models.testing_models import (
+    FAMILIES,
+    NUM_EXPERTS,
+    TOP_K,
+    gradients,
+    next_token_loss,
+    run_backward,
+    tiny_model,
+    token_ids,
+)
+from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.dispatcher import AllToAllDispatcher
+from farskip.parallel.mesh import build_mesh
 from farskip.parallel.testing_links import FakeLink
+from farskip.testing import assert_close, assert_equal_bits
+from farskip.training_protocols import SingleProcess
+
+if TYPE_CHECKING:
+    from farskip.testing import RankPool
 
 
 def alone(tensor: torch.Tensor) -> torch.Tensor:
@@ -113,3 +132,33 @@ def test_what_a_capacity_drops_is_reported(capacity: int) -> None:
     assert (dropped > 0) == (capacity < 1000)
     assert "balance/max_load" in metrics
     assert DroppedRows(dispatcher, None, alone).update() == {"dispatch/dropped_share": 0.0}
+
+
+def balanced_step(tp: int, ep: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, float]]:
+    """Gate gradients, biases and metrics of one step with both kinds of balancing, on four sequences."""
+    model, ids = rewire(tiny_model("deepseek_v3"), "ladder"), token_ids(4, 8)
+    ranks: Any = SingleProcess(model)
+    if tp > 1:
+        mesh = build_mesh(ep, tp=tp)
+        attachment = attachment_of(parallelize(model, mesh))
+        assert attachment is not None
+        parameters, layout = dict(model.named_parameters()), attachment.tensor_layout
+        ranks = DataParallel(mesh, parameters, sharded=attachment.sharded_experts, layout=layout)
+    balancer = balance_model(model, aux_coefficient=0.5, bias_rate=0.01, sum_over_ranks=ranks.sum_over_processes)
+    assert balancer is not None
+    balancer.set_scale(1.0)
+    next_token_loss(model(ids, use_cache=False).logits, ids).backward()
+    ranks.reduce_gradients()
+    gates = {name: gradient for name, gradient in gradients(model).items() if name.endswith("gate.weight")}
+    metrics = balancer.update()
+    return gates, {name: b for name, b in model.named_buffers() if name.endswith("correction_bias")}, metrics
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_ranks_that_share_tensors_balance_as_one(ep: int, rank_pool: "RankPool") -> None:
+    """Each routes its share of the same tokens: counts are those of all shares, and biases stay equal."""
+    gates, biases, metrics = balanced_step(1, 1)
+    for found_gates, found_biases, found_metrics in rank_pool.run(balanced_step, 2, 2, ep):
+        assert_close(found_gates, gates, rel_norm=1e-4)
+        assert_equal_bits(found_biases, biases)
+        assert found_metrics == pytest.approx(metrics)

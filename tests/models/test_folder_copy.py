@@ -49,3 +49,23 @@ def test_parents_that_were_made_for_nothing_go_again(tmp_path: Path) -> None:
 )
 def test_sizes_in_words(num_bytes: int, text: str) -> None:
     assert size_text(num_bytes) == text
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    (real / "old").touch()
+    link.symlink_to(real)
+    with replaced_when_complete(link) as fresh:
+        (fresh / "new").touch()
+    assert link.is_symlink() and [path.name for path in real.iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_two_writers_of_one_place_do_not_meet(tmp_path: Path) -> None:
+    """As on two machines with one disk, where process numbers repeat: the one that fails removes its own work only."""
+    with replaced_when_complete(tmp_path / "model") as fresh:
+        (fresh / "mine").touch()
+        with pytest.raises(OSError, match="disk"), replaced_when_complete(tmp_path / "model"):
+            raise OSError("disk")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["mine"]

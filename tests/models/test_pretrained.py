@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,9 +13,15 @@ from safetensors.torch import load_file, save_file
 
 import farskip
 from farskip.models import pretrained
+from farskip.models.parallelize import parallelize
+from farskip.models.surgery import rewire
 from farskip.models.testing_models import tiny_model, token_ids
+from farskip.parallel.mesh import build_mesh
 from farskip.testing import assert_equal_bits
 from farskip.wiring import LayerWiring, Wiring
+
+if TYPE_CHECKING:
+    from farskip.testing import RankPool
 
 FAMILIES = ("qwen3_moe", "deepseek_v3")
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -313,7 +319,7 @@ def test_a_writer_that_fails_midway_leaves_the_old_checkpoint(
 
     def fail(*args: Any, **kwargs: Any) -> None:
         if step == "save_pretrained":
-            Path(args[0]).mkdir()
+            Path(args[0]).mkdir(exist_ok=True)
             (Path(args[0]) / "config.json").write_text("{")
         raise OSError("no space left on device")
 
@@ -361,3 +367,18 @@ def test_saving_changes_nothing_about_the_model(tmp_path: Path) -> None:
     farskip.save(model, tmp_path / "model")
     assert model.config._attn_implementation == implementation and model.config.model_type == "deepseek_v3"
     assert_equal_bits(model(ids).logits, expected)
+
+
+def rank_0_cannot_save(path: str) -> str:
+    model = parallelize(rewire(tiny_model("qwen3_moe"), "farskip"), build_mesh(2))
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        farskip.save(model, path)
+    return str(caught.value)
+
+
+def test_all_ranks_hear_why_rank_0_cannot_save(tmp_path: Path, rank_pool: "RankPool") -> None:
+    """Instead of waiting for it until the timeout."""
+    (tmp_path / "file").touch()
+    first, second = rank_pool.run(rank_0_cannot_save, 2, str(tmp_path / "file"))
+    assert first == f"save {tmp_path / 'file'}: it is a file, not a folder; choose another path"
+    assert second == f"save: rank 1 stops because rank 0 could not write: ValueError: {first}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from farskip.models.attach import attachment_of
-from farskip.models.recompute import recompute_stages
+from farskip.models.recompute import RecomputedSubBlocks, recompute_stages
 from farskip.models.surgery import rewire
 from farskip.models.testing_models import gradients, next_token_loss, run_backward, tiny_model, token_ids
 from farskip.testing import assert_equal_bits
@@ -95,3 +95,12 @@ def test_twice_is_once() -> None:
 def test_a_model_without_farskip_is_refused() -> None:
     with pytest.raises(ValueError, match="not attached to this model; call rewire or parallelize first"):
         recompute_stages(tiny_model("qwen3_moe"))
+
+
+def test_it_survives_rewire() -> None:
+    model = rewire(tiny_model("qwen3_moe"), "farskip")
+    recompute_stages(model)
+    rewire(model, "ladder")
+    attachment = attachment_of(model)
+    assert attachment is not None
+    assert all(isinstance(block, RecomputedSubBlocks) for block in attachment.executor.sub_blocks)

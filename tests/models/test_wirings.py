@@ -1,7 +1,9 @@
 """Rewired models against an independent two-stream reference: logits, gradients, states, generation, recomputation."""
 
 import copy
+import gc
 import importlib.util
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -437,3 +439,18 @@ def test_transformers_own_hooks_cost_no_overlap_afterwards() -> None:
     assert len(attachment.segments(recompute=False)) == 4
     ours(token_ids(1, 4))
     assert len(attachment.segments(recompute=False)) == 1
+
+
+def test_the_cache_goes_with_its_last_reference() -> None:
+    """Not with the garbage collector, which may come gigabytes later."""
+    model = rewire(tiny_model("qwen3_moe"), "farskip").eval()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            output = model(token_ids(1, 5), use_cache=True)
+        alive = weakref.ref(output.past_key_values.layers[0].keys)
+        del output
+        assert alive() is None
+    finally:
+        gc.enable()
