@@ -4,9 +4,14 @@ Decides what "equal" and "close" mean (by relative norm per named tensor, or by 
 is made visible. Refuses comparisons of different shapes, dtypes or names. Ranks live in `farskip.testing_ranks`.
 """
 
+import importlib.util
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from farskip.testing_ranks import RankError, RankPool, run_ranks
 
-__all__ = ["RankError", "RankPool", "assert_close", "assert_equal_bits", "poison_empty", "run_ranks"]
+__all__ = [
+    "RankError",
+    "RankPool",
+    "assert_close",
+    "assert_equal_bits",
+    "load_beside",
+    "pairwise",
+    "poison_empty",
+    "run_ranks",
+]
 
 _EMPTY = frozenset({"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"})
 """Operators that return memory as it happens to be."""
@@ -174,3 +188,54 @@ def _raise(failures: list[tuple[float, str]]) -> None:
     if failures:
         failures.sort(key=lambda failure: -failure[0])
         raise AssertionError("\n".join(text for _, text in failures))
+
+
+def load_beside(file: str, name: str) -> ModuleType:
+    """A file of a test folder as a module: test folders are no packages, and ranks load tests by their path.
+
+    Args:
+        file: ``__file__`` of the one that asks.
+        name: of the other, without its ending.
+
+    Returns:
+        The module, one and the same for all who ask for it by this name.
+    """
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(file).with_name(f"{name}.py"))
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look themselves up
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def pairwise(dimensions: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Points of a grid that together hold every pair of values of two dimensions; greedy and deterministic.
+
+    Args:
+        dimensions: the values of each one, by name.
+
+    Returns:
+        A value of every dimension per point, far fewer points than the whole grid has.
+    """
+    names = list(dimensions)
+    missing = {
+        frozenset({(a, i), (b, j)})
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(dimensions[a]))
+        for j in range(len(dimensions[b]))
+    }
+
+    def gain(point: dict[str, int], name: str, value: int) -> int:
+        return sum(frozenset({(name, value), other}) in missing for other in point.items())
+
+    found = []
+    while missing:
+        point = dict(min(missing, key=lambda pair: sorted((names.index(name), value) for name, value in pair)))
+        for name in names:
+            if name not in point:
+                gains = [gain(point, name, value) for value in range(len(dimensions[name]))]
+                point[name] = gains.index(max(gains))
+        missing -= {frozenset(pair) for pair in itertools.combinations(point.items(), 2)}
+        found.append({name: dimensions[name][point[name]] for name in names})
+    return found

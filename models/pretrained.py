@@ -20,12 +20,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from farskip.models.attach import attachment_of
 from farskip.models.checkpoint_files import has_safetensors, read_checkpoint
-from farskip.models.expert_slices import RankSlices, load_slice, slices_here
 from farskip.models.export import read_record
 from farskip.models.family import Family
 from farskip.models.folder_copy import replaced_when_complete
 from farskip.models.mtp_tensors import carried_mtp_tensors, carry_mtp_tensors, everything_reported, is_mtp
 from farskip.models.parallelize import full_state_dict, parallelize
+from farskip.models.rank_slices import RankSlices, load_slice, slices_here
 from farskip.models.saving import complete_checkpoint
 from farskip.models.surgery import rewire, wiring_of
 from farskip.wiring import Wiring
@@ -61,7 +61,7 @@ def load(
         RuntimeError: undoing a quantization needs accelerate, which is not installed.
 
     Note: with a mesh, a rank reads of the experts its own only, and of what tensor parallelism cuts its slices only
-    (`farskip.models.expert_slices`). Where it has to read everything although it keeps a part, rank 0 warns.
+    (`farskip.models.rank_slices`). Where it has to read everything although it keeps a part, rank 0 warns.
     """
     folder = Path(path)
     config_dict = _read_config(folder)

@@ -4,12 +4,8 @@ One rank's partial outputs are whole, so the function is that of the plain execu
 tested in tests/models/test_tensor_parallel.py.
 """
 
-import importlib.util
-import sys
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,21 +18,10 @@ from farskip.parallel.testing_links import Delay, FakeLink, at_wait, random_dela
 from farskip.recorder import Recorder
 from farskip.schedule import Do, Instruction, Segment, build_schedule, even_segments
 from farskip.simulator import placements_beside_reductions
-from farskip.testing import assert_close
+from farskip.testing import assert_close, load_beside
 from farskip.wiring import DENSE, MOE_SHARED, LayerBlocks, LayerWiring, Wiring
 
-
-def load_beside(name: str) -> ModuleType:
-    """A file of this folder as a module: test folders are no packages."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-toys = load_beside("test_executor")
+toys = load_beside(__file__, "test_executor")
 WIDTH, EXPERTS, MIX, ToyBlocks = toys.WIDTH, toys.EXPERTS, toys.MIX, toys.ToyBlocks
 
 SC_MOE = Wiring((LayerWiring(routed=("attention",)),) * 4)

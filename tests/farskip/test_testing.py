@@ -1,5 +1,6 @@
 """The tools the other tests stand on: comparisons, poisoned memory, and ranks that raise, hang or die."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from farskip.testing import RankError, RankPool, assert_close, assert_equal_bits, poison_empty, run_ranks
+from farskip.testing import (
+    RankError,
+    RankPool,
+    assert_close,
+    assert_equal_bits,
+    load_beside,
+    pairwise,
+    poison_empty,
+    run_ranks,
+)
 from farskip.wiring import Wiring
 
 
@@ -392,3 +402,23 @@ def test_many_cases_leave_nothing_open(tmp_path: Path, monkeypatch: pytest.Monke
                 with pytest.raises(RankError):
                     pool.run(raise_on if number % 40 == 10 else die_on, 2, 1)
     assert state() == before
+
+
+def test_pairwise_holds_every_pair_in_few_points() -> None:
+    dimensions = {"a": (1, 2, 3), "b": ("x", "y"), "c": ([0], [1], [2], [3]), "d": (True,)}
+    points = pairwise(dimensions)
+    for (first, ones), (second, others) in itertools.combinations(dimensions.items(), 2):
+        for one, other in itertools.product(ones, others):
+            assert any(point[first] == one and point[second] == other for point in points), f"{one}, {other}"
+    assert all(point.keys() == dimensions.keys() for point in points)
+    assert len(points) <= 16, "the whole grid has 24; twelve are needed for a and c alone"
+    assert points == pairwise(dimensions)
+
+
+def test_a_file_beside_is_one_module_for_all(tmp_path: Path) -> None:
+    name = "a_file_that_no_other_test_has"
+    (tmp_path / f"{name}.py").write_text("value = []\n")
+    try:
+        assert load_beside(str(tmp_path / "test_one.py"), name) is load_beside(str(tmp_path / "test_two.py"), name)
+    finally:
+        del sys.modules[name]

@@ -6,29 +6,15 @@ pass of the untouched model. Nothing here is shared with the executor or the ada
 Legend: B batch, S sequence, T = B*S tokens, E experts, D hidden; v the normed input of the MLP side.
 """
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from farskip.testing import load_beside
 
-def load_beside(name: str) -> ModuleType:
-    """A file of this folder as a module: test folders are no packages."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look themselves up
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-equations = load_beside("two_stream_reference")
+equations = load_beside(__file__, "two_stream_reference")
 
 
 def layer_calls(model: Any, ids_BS: torch.Tensor, **arguments: Any) -> list[dict[str, Any]]:

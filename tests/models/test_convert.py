@@ -2,14 +2,11 @@
 
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,23 +18,10 @@ from farskip.models import convert as convert_module
 from farskip.models import folder_copy
 from farskip.models.convert import Conversion, convert, plan_conversion
 from farskip.models.instella_format import LIES
+from farskip.models.testing_families import CASES, FAMILIES, build
 from farskip.models.testing_models import token_ids
 from farskip.testing import assert_equal_bits
 
-
-def load_beside(name: str) -> ModuleType:
-    """A file of this folder as a module: test folders are no packages."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look themselves up
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-cases_module = load_beside("family_cases")
-CASES, FAMILIES = cases_module.CASES, cases_module.FAMILIES
 LIKE_INSTELLA = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
 TOKENIZER = {
     "tokenizer.json": "{}",
@@ -52,7 +36,7 @@ TOKENIZER = {
 
 def source(tmp_path: Path, case: str = "qwen3_moe", shard: str = "60KB", **changes: Any) -> Path:
     """A plain checkpoint of several files, with what else lies beside one."""
-    model = cases_module.build(CASES[case], **changes).eval()
+    model = build(CASES[case], **changes).eval()
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(tmp_path / "in", max_shard_size=shard)
     for name, text in TOKENIZER.items():

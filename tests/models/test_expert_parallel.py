@@ -1,7 +1,6 @@
 """Expert parallelism on real ranks: serial equals overlapped in bits, and k ranks equal one on the whole batch."""
 
 import copy
-import itertools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +18,13 @@ from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.mesh import EP_AXIS, axis_size, build_mesh
 from farskip.parallel.testing_links import LateLink
 from farskip.recorder import Recorder
-from farskip.testing import assert_close, assert_equal_bits
+from farskip.testing import assert_close, assert_equal_bits, load_beside, pairwise
 
 if TYPE_CHECKING:
     from farskip.testing import RankPool
 
-LOGITS = {"max_error": 5e-5}
-"""DESIGN.md 4: fp32, and sums over ranks are formed in another order."""
-GRADIENTS = {"rel_norm": 1e-4}
-"""DESIGN.md 4."""
-WEIGHTS = {"rel_norm": 1e-4}
-"""As the gradients: a step of AdamW is a smooth function of them with the epsilon of `OPTIMIZER`."""
-OPTIMIZER = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
-"""An epsilon near the size of a gradient; with 1e-8 the first step is the sign of a gradient, noise where that is 0."""
-CLIP = 0.5
+steps = load_beside(__file__, "training_step")
+LOGITS, Outcome = steps.LOGITS, steps.Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,30 +43,7 @@ class Setting:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        default = Setting()
-        named = {name: getattr(self, name) for name in ("family", "wiring", "world", "ep")}
-        named |= {
-            name: getattr(self, name)
-            for name in ("layers", "chunks", "recompute", "routing", "accumulation", "changes")
-            if getattr(self, name) != getattr(default, name)
-        }
-        return "-".join(
-            str(value) if name in ("family", "wiring") else f"{name}={value}" for name, value in named.items()
-        )
-
-
-@dataclass
-class Outcome:
-    """What one training step of one model gave."""
-
-    logits: torch.Tensor
-    raw: dict[str, torch.Tensor]
-    reduced: dict[str, torch.Tensor]
-    loss: torch.Tensor
-    norm: torch.Tensor
-    weights: dict[str, torch.Tensor]
-    recorder: Recorder
-    model: Any
+        return steps.label(self, "family", "wiring", "world", "ep")
 
 
 def base_model(setting: Setting) -> Any:
@@ -106,7 +75,6 @@ def micro_batches(setting: Setting, rank: int | None) -> list[torch.Tensor]:
 def step(model: Any, setting: Setting, rank: int | None, data_parallel: DataParallel | None) -> Outcome:
     """Forward, backward, reduction, clipping and AdamW, the loss normalized over all ranks and micro-batches."""
     recorder = prepare(model, setting)
-    optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
     num_targets = setting.world * setting.accumulation * 2 * 6
     logits, losses = [], []
     for ids in micro_batches(setting, rank):
@@ -114,25 +82,7 @@ def step(model: Any, setting: Setting, rank: int | None, data_parallel: DataPara
         loss = next_token_loss(logits[-1], ids, num_targets)
         loss.backward()
         losses.append(loss.detach())
-    raw, total = gradients(model), torch.stack(losses).sum()
-    if data_parallel is None:
-        norm, reduced = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP), raw
-    else:
-        data_parallel.reduce_gradients()
-        total = data_parallel.all_reduce_sum(total)
-        reduced = gradients(model)
-        norm = data_parallel.clip_gradients(CLIP)
-    optimizer.step()
-    return Outcome(
-        logits=torch.cat(logits).detach(),
-        raw=raw,
-        reduced=reduced,
-        loss=total,
-        norm=norm,
-        weights={name: parameter.detach().clone() for name, parameter in model.named_parameters()},
-        recorder=recorder,
-        model=model,
-    )
+    return steps.finish(model, torch.cat(logits), torch.stack(losses).sum(), recorder, data_parallel)
 
 
 def parallel_step(setting: Setting, mode: str, link_kind: type[ProcessGroupLink] = LateLink) -> Outcome:
@@ -158,45 +108,23 @@ def my_slice(tensors: dict[str, torch.Tensor], outcome: Outcome) -> dict[str, to
     }
 
 
-def check_recorder(outcome: Outcome, setting: Setting) -> None:
-    """Autograd followed the backward list to the letter, in every micro-batch."""
-    attachment = attachment_of(outcome.model)
-    assert attachment is not None
-    runs_again = setting.recompute not in (0, "selective")
-    schedule = attachment.executor.schedule(attachment.segments(recompute=runs_again))
-    again = [each for segment in reversed(schedule.segments) for each in schedule.of_segment(segment)]
-    forward = [*schedule.forward, *(again if runs_again else [])]
-    assert outcome.recorder.forward == forward * setting.accumulation
-    assert outcome.recorder.backward == list(schedule.backward) * setting.accumulation
-
-
-def check_bits(serial: Outcome, overlapped: Outcome) -> None:
-    """Everything before reduction, which both do alike."""
-    assert_equal_bits(overlapped.logits, serial.logits)
-    assert_equal_bits(overlapped.raw, serial.raw)
-
-
-def check_against_one_rank(outcome: Outcome, one: Outcome, setting: Setting) -> None:
-    rows = 2 * setting.world
-    mine = torch.cat([part[2 * dist.get_rank() :][:2] for part in one.logits.split(rows)])
-    assert_close(outcome.logits, mine, **LOGITS)
-    assert_close(outcome.loss, one.loss, rel_norm=1e-5, name="loss")
-    assert_close(outcome.reduced, my_slice(one.reduced, outcome), **GRADIENTS)
-    assert_close(outcome.norm, one.norm, rel_norm=1e-5, name="norm")
-    assert float(one.norm) > CLIP, "the clip has to bite"
-    assert_close(outcome.weights, my_slice(one.weights, outcome), **WEIGHTS)
-
-
 def run_grid_point(settings: list[Setting]) -> None:
     """On every rank: both proofs of DESIGN.md 3, for each setting."""
     for setting in settings:
         try:
             serial, overlapped = (parallel_step(setting, mode) for mode in ("serial", "overlapped"))
-            check_bits(serial, overlapped)
+            steps.check_bits(serial, overlapped)
             for outcome in (serial, overlapped):
-                check_recorder(outcome, setting)
-            one = step(base_model(setting), setting, None, None)
-            check_against_one_rank(overlapped, one, setting)
+                runs_again = setting.recompute not in (0, "selective")
+                steps.check_recorder(outcome, runs_again=runs_again, times=setting.accumulation)
+            one, here = step(base_model(setting), setting, None, None), 2 * dist.get_rank()
+            steps.check_against_one(
+                overlapped,
+                one,
+                logits=torch.cat([part[here : here + 2] for part in one.logits.split(2 * setting.world)]),
+                gradients=my_slice(one.reduced, overlapped),
+                weights=my_slice(one.weights, overlapped),
+            )
         except AssertionError as error:
             raise AssertionError(f"{setting}: {error}") from error
 
@@ -218,41 +146,12 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def pairwise() -> list[Setting]:
-    """Settings that together hold every pair of values of two dimensions; greedy and deterministic."""
-    names = list(DIMENSIONS)
-    missing = {
-        (first, i, second, j)
-        for first, second in itertools.combinations(names, 2)
-        for i in range(len(DIMENSIONS[first]))
-        for j in range(len(DIMENSIONS[second]))
-    }
-
-    def pairs(point: dict[str, int]) -> set[tuple[str, int, str, int]]:
-        return {(a, point[a], b, point[b]) for a, b in itertools.combinations(names, 2)} & missing
-
+def pairwise_settings() -> list[Setting]:
+    """Settings that together hold every pair of values of two dimensions."""
     found = []
-    while missing:
-        first, i, second, j = min(missing)
-        point = {first: i, second: j}
-        for name in names:
-            if name in point:
-                continue
-
-            def gain(value: int, name: str = name, point: dict[str, int] = point, missing: set[Any] = missing) -> int:
-                known = [other for other in names if other in point]
-                new = {
-                    (a, (point | {name: value})[a], b, (point | {name: value})[b])
-                    for a, b in itertools.combinations(names, 2)
-                    if name in (a, b) and {a, b} <= {*known, name}
-                }
-                return len(new & missing)
-
-            point[name] = max(range(len(DIMENSIONS[name])), key=gain)
-        missing -= pairs(point)
-        values = {name: DIMENSIONS[name][point[name]] for name in names}
-        world, ep = values.pop("size")
-        found.append(Setting(world=world, ep=ep, **values))
+    for point in pairwise(DIMENSIONS):
+        world, ep = point.pop("size")
+        found.append(Setting(world=world, ep=ep, **point))
     return found
 
 
@@ -271,17 +170,7 @@ CORNERS = [
     Setting(world=2, ep=2, changes={"num_experts_per_tok": 1, "norm_topk_prob": False}, routing="free"),
     Setting(world=4, ep=4, changes={"num_experts_per_tok": 3, "n_group": 1, "topk_group": 1}),
 ]
-GRID = [*pairwise(), *CORNERS]
-
-
-def test_the_grid_holds_every_pair() -> None:
-    points = [
-        {**{name: getattr(each, name) for name in DIMENSIONS if name != "size"}, "size": (each.world, each.ep)}
-        for each in pairwise()
-    ]
-    for first, second in itertools.combinations(DIMENSIONS, 2):
-        for a, b in itertools.product(DIMENSIONS[first], DIMENSIONS[second]):
-            assert any(point[first] == a and point[second] == b for point in points), f"{first}={a}, {second}={b}"
+GRID = [*pairwise_settings(), *CORNERS]
 
 
 @pytest.mark.parametrize("setting", GRID, ids=str)
@@ -295,7 +184,7 @@ def test_serial_equals_overlapped_and_k_ranks_equal_one(setting: Setting, rank_p
 def real_link_equals_late_link() -> None:
     setting = Setting(world=2, ep=2)
     late, real = (parallel_step(setting, "overlapped", kind) for kind in (LateLink, ProcessGroupLink))
-    check_bits(late, real)
+    steps.check_bits(late, real)
 
 
 def test_the_test_link_changes_no_bit(rank_pool: "RankPool") -> None:
@@ -308,7 +197,7 @@ def dropout_is_drawn_alike() -> None:
     for mode in ("serial", "overlapped"):
         torch.manual_seed(7 + dist.get_rank())
         outcomes.append(parallel_step(setting, mode))
-    check_bits(*outcomes)
+    steps.check_bits(*outcomes)
 
 
 def test_attention_dropout_is_drawn_alike_in_serial_and_overlapped(rank_pool: "RankPool") -> None:

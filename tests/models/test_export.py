@@ -1,6 +1,5 @@
 """What `save` writes is read by transformers alone: a process without farskip computes the same bits."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -8,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,26 +18,13 @@ from farskip.models.attach import attachment_of
 from farskip.models.export import ARCHITECTURE, AUTO_MAP, REMOTE_CODE, export_files, read_record
 from farskip.models.family import families
 from farskip.models.surgery import rewire, wiring_of
+from farskip.models.testing_families import CASES, FAMILIES, build, family_of
 from farskip.models.testing_models import run_backward, token_ids
 from farskip.parallel.tensor_parallel import TensorLayout
 from farskip.residual import _partial_base
 from farskip.testing import assert_close, assert_equal_bits
 from farskip.wiring import DENSE, MOE, MOE_SHARED, NAMED, LayerWiring, Wiring
 
-
-def load_beside(name: str) -> ModuleType:
-    """A file of this folder as a module: test folders are no packages."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look themselves up
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-cases_module = load_beside("family_cases")
-CASES, FAMILIES, build = cases_module.CASES, cases_module.FAMILIES, cases_module.build
 all_cases = pytest.mark.parametrize("case", CASES)
 all_families = pytest.mark.parametrize("case", FAMILIES)
 
@@ -350,7 +335,7 @@ def test_a_model_made_from_the_config(reader: Reader, tmp_path: Path) -> None:
 @all_families
 def test_the_file_and_the_config_are_written(case: str, tmp_path: Path) -> None:
     saved(tmp_path / "model", case)
-    config, family = config_of(tmp_path / "model"), cases_module.family_of(CASES[case])
+    config, family = config_of(tmp_path / "model"), family_of(CASES[case])
     assert config["auto_map"] == AUTO_MAP
     code = (tmp_path / "model" / REMOTE_CODE).read_bytes()
     assert code == Path(modeling_farskip.__file__).read_bytes() and b"import farskip" not in code
@@ -478,7 +463,7 @@ def test_the_file_resolves_a_wiring_as_the_core_does(wiring: Wiring, stack: str)
 @all_families
 def test_the_config_alone_is_what_save_writes(case: str, tmp_path: Path) -> None:
     """`export_files` on the ordinary checkpoint's config: what a converter does that copies the tensors."""
-    family = cases_module.family_of(CASES[case])
+    family = family_of(CASES[case])
     build(CASES[case]).save_pretrained(tmp_path / "plain")
     plain = (tmp_path / "plain" / "config.json").read_text()
     for wiring in ("farskip", "ladder", "ordinary"):

@@ -1,13 +1,11 @@
 """Conformance: what every model family has to do under every wiring. A new adapter passes by being listed in
-family_cases.py; docs/adding_a_family.md says how.
+models/testing_families.py; docs/adding_a_family.md says how.
 """
 
 import copy
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,32 +18,20 @@ from farskip.models.attach import attach, attachment_of
 from farskip.models.family import families, family_of_architecture, family_of_model
 from farskip.models.parallelize import parallelize
 from farskip.models.surgery import rewire, wiring_of
+from farskip.models.testing_families import CASES, FAMILIES, SMALL, build, is_dense
 from farskip.models.testing_models import gradients, next_token_loss, run_backward, token_ids
 from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.mesh import EP_AXIS, build_mesh
 from farskip.parallel.testing_links import FakeLink, LateLink
 from farskip.stage import WeightOn
-from farskip.testing import assert_close, assert_equal_bits
+from farskip.testing import assert_close, assert_equal_bits, load_beside
 
 if TYPE_CHECKING:
     from farskip.testing import RankPool
 
 
-def load_beside(name: str) -> ModuleType:
-    """A file of this folder as a module: test folders are no packages."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look themselves up
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-cases_module = load_beside("family_cases")
-reference = load_beside("family_reference")
-CASES, FAMILIES, build = cases_module.CASES, cases_module.FAMILIES, cases_module.build
+reference = load_beside(__file__, "family_reference")
 
 LOGITS = {"max_error": 5e-5}
 """DESIGN.md 4: fp32, the reference forms some sums in another order."""
@@ -62,7 +48,7 @@ LENGTH = 9
 
 all_cases = pytest.mark.parametrize("case", CASES)
 all_families = pytest.mark.parametrize("case", FAMILIES)
-moe_families = pytest.mark.parametrize("case", [name for name in FAMILIES if not cases_module.is_dense(CASES[name])])
+moe_families = pytest.mark.parametrize("case", [name for name in FAMILIES if not is_dense(CASES[name])])
 
 
 def topologies(wiring: str, layers: list[int] | None = None) -> list[str]:
@@ -129,7 +115,7 @@ def test_wirings(case: str, wiring: str) -> None:
     assert_close(logits, expected, **LOGITS)
     assert_close(seen, gradients(untouched), **GRADIENTS)
     for confused in ("attention", "mlp"):
-        if confused == "attention" and cases_module.is_dense(CASES[case]) and wiring != "ladder":
+        if confused == "attention" and is_dense(CASES[case]) and wiring != "ladder":
             continue  # without experts nothing is left out there
         with torch.no_grad():
             swapped = reference.logits(untouched, ids, topologies(wiring), confused=confused)
@@ -373,7 +359,7 @@ def test_expert_parallelism(case: str, rank_pool: "RankPool") -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("wiring", WIRINGS)
-@pytest.mark.parametrize("case", [name for name in CASES if not cases_module.is_dense(CASES[name])])
+@pytest.mark.parametrize("case", [name for name in CASES if not is_dense(CASES[name])])
 def test_expert_parallelism_under_every_wiring(case: str, wiring: str, chunks: int, rank_pool: "RankPool") -> None:
     rank_pool.run(expert_parallel, 2, case, wiring, chunks)
 
@@ -411,7 +397,7 @@ def test_a_fresh_model_of_every_family(case: str) -> None:
     """`family` of the configuration is the family's name; its settings are those of its config class."""
     from farskip.models.fresh import build_model
 
-    settings = {key: value for key, value in cases_module.SMALL.items() if not key.endswith(("_id", "vocab_size"))}
+    settings = {key: value for key, value in SMALL.items() if not key.endswith(("_id", "vocab_size"))}
     settings.update({"num_hidden_layers": 2, **CASES[case].config})
     model = build_model(case, settings, vocab_size=50, end_of_document_id=2, seed=0)
     assert family_of_model(model).name == case and model.config.vocab_size == 50
@@ -436,7 +422,7 @@ def test_an_unknown_family_is_refused_by_name(architecture: str, closest: str) -
 def test_a_model_that_transformers_knows_and_we_do_not_is_refused() -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    model = Qwen2ForCausalLM(Qwen2Config(**{**cases_module.SMALL, "num_hidden_layers": 1}))
+    model = Qwen2ForCausalLM(Qwen2Config(**{**SMALL, "num_hidden_layers": 1}))
     with pytest.raises(ValueError, match="'Qwen2ForCausalLM' is not supported"):
         rewire(model)
     with pytest.raises(ValueError, match="'Qwen2ForCausalLM' is not supported"):

@@ -1,13 +1,10 @@
 """Instella-MoE: its gate, its softmax scale, its config keys, and checkpoints that only say half of it."""
 
 import copy
-import importlib.util
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,24 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import farskip
 from farskip.models.hf_instella_moe import FAMILY, InstellaKeys, instella_class
+from farskip.models.testing_families import CASES, build
 from farskip.models.testing_models import run_backward, token_ids
 from farskip.testing import assert_close, assert_equal_bits
 from farskip.wiring import Wiring
 
-
-def load_beside(name: str) -> ModuleType:
-    """A file of this folder as a module: test folders are no packages."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look themselves up
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-cases_module = load_beside("family_cases")
-CASE = cases_module.CASES["instella_moe"]
+CASE = CASES["instella_moe"]
 KEYS = InstellaKeys()
 
 PUBLISHED: dict[str, Any] = {
@@ -127,7 +112,7 @@ def gated_by_hooks(model: Any) -> Any:
 
 
 def test_the_gate_is_the_equation() -> None:
-    model = cases_module.build(CASE)
+    model = build(CASE)
     plain, ids = gated_by_hooks(model), token_ids(2, 9)
     expected_logits, expected = run_backward(plain, ids)
     logits, gradients = run_backward(model, ids)
@@ -141,7 +126,7 @@ def test_the_gate_is_the_equation() -> None:
 
 
 def test_a_changed_attention_implementation_does_not_lose_the_gate_silently() -> None:
-    model = cases_module.build(CASE)
+    model = build(CASE)
     model.set_attn_implementation("eager")
     with pytest.raises(RuntimeError, match=r"left 0 times through the seam.*give it to from_pretrained instead"):
         model(token_ids(1, 4))
@@ -149,8 +134,7 @@ def test_a_changed_attention_implementation_does_not_lose_the_gate_silently() ->
 
 def test_eager_attention_is_the_parents() -> None:
     eager, sdpa = (
-        instella_class()._from_config(cases_module.build(CASE).config, attn_implementation=name)
-        for name in ("eager", "sdpa")
+        instella_class()._from_config(build(CASE).config, attn_implementation=name) for name in ("eager", "sdpa")
     )
     eager.load_state_dict(sdpa.state_dict())
     assert_close(eager(token_ids(2, 9)).logits, sdpa(token_ids(2, 9)).logits, max_error=5e-5)
@@ -208,7 +192,7 @@ def test_keys_that_make_no_sense_are_refused(keys: dict[str, Any], reason: str) 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """As its authors publish it: architecture and keys are Instella's, the model type is DeepSeek-V3's, remote code."""
-    cases_module.build(CASE).save_pretrained(tmp_path / "model")
+    build(CASE).save_pretrained(tmp_path / "model")
     edit_config(tmp_path / "model", lambda config: config.update(auto_map={"AutoModelForCausalLM": "remote.Instella"}))
     return tmp_path / "model"
 
@@ -227,7 +211,7 @@ def test_a_published_checkpoint_loads_rewired(checkpoint: Path) -> None:
     model, ids = farskip.load(checkpoint), token_ids(2, 9)
     assert type(model).__name__ == "InstellaMoEForCausalLM"
     assert farskip.wiring_of(model) == Wiring.named("farskip", 4)
-    assert_equal_bits(model(ids).logits, farskip.rewire(cases_module.build(CASE).eval(), "farskip")(ids).logits)
+    assert_equal_bits(model(ids).logits, farskip.rewire(build(CASE).eval(), "farskip")(ids).logits)
     assert farskip.wiring_of(farskip.load(checkpoint, "ordinary")).name == "ordinary"
     edit_config(checkpoint, lambda config: config.update(farskip_start_idx=2, mlp_only_farskip=True))
     assert farskip.wiring_of(farskip.load(checkpoint)) == Wiring.named("mlp_only", 4, [2, 3])
@@ -274,8 +258,8 @@ def test_missing_gates_are_refused(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("said", [None, True])
 def test_a_plain_deepseek_that_claims_to_be_instella_is_refused(tmp_path: Path, said: bool | None) -> None:
-    case = cases_module.CASES["deepseek_v3"]
-    cases_module.build(case).save_pretrained(tmp_path / "model")
+    case = CASES["deepseek_v3"]
+    build(case).save_pretrained(tmp_path / "model")
     keys = {} if said is None else {"gated_attention": said}
     edit_config(tmp_path / "model", lambda config: config.update(architectures=[FAMILY.architecture], **keys))
     with pytest.raises(ValueError, match=r"missing tensors: model\.layers\.0\.self_attn\.gate_proj\.weight"):

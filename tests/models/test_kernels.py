@@ -2,7 +2,6 @@
 and serial and overlapped still equal in bits."""
 
 import copy
-import importlib.util
 import os
 import subprocess
 import sys
@@ -18,24 +17,12 @@ from farskip.models.attach import attach, layers_of
 from farskip.models.family import family_of_model
 from farskip.models.kernels import SETTINGS, dispatcher_backend, kernels_line, use_kernels
 from farskip.models.surgery import rewire, wiring_of
+from farskip.models.testing_families import CASES, build, is_dense
 from farskip.models.testing_models import gradients, next_token_loss, run_backward, tiny_model, token_ids
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.testing_links import FakeLink
 from farskip.testing import assert_close, assert_equal_bits
 
-
-def load_cases() -> Any:
-    """The file of cases beside this one: test folders are no packages."""
-    if "family_cases" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("family_cases", Path(__file__).with_name("family_cases.py"))
-        assert spec is not None and spec.loader is not None
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules["family_cases"] = loaded
-        spec.loader.exec_module(loaded)
-    return sys.modules["family_cases"]
-
-
-CASES, build, is_dense = load_cases().CASES, load_cases().build, load_cases().is_dense
 MOE_CASES = [name for name, case in CASES.items() if not is_dense(case)]
 
 LOGITS = {"max_error": 5e-5}

@@ -1,36 +1,20 @@
 """Kinds of layers from names of tensors: what the families' own sub-blocks say of every configuration in the suite."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from farskip.models.attach import layers_of
 from farskip.models.checkpoint_files import read_checkpoint
 from farskip.models.layer_kinds import blocks_of_layers
+from farskip.models.testing_families import CASES, build, family_of
 from farskip.wiring import DENSE, MOE, MOE_SHARED
 
 
-def load_beside(name: str) -> ModuleType:
-    """A file of this folder as a module: test folders are no packages."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look themselves up
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-cases_module = load_beside("family_cases")
-
-
-@pytest.mark.parametrize("case", cases_module.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_names_say_what_the_adapter_says(case: str, tmp_path: Path) -> None:
-    model = cases_module.build(cases_module.CASES[case])
-    family = cases_module.family_of(cases_module.CASES[case])
+    model = build(CASES[case])
+    family = family_of(CASES[case])
     expected = [family.sub_blocks(layer).blocks for layer in layers_of(model)]
     assert blocks_of_layers(model.state_dict(), len(expected)) == expected, "experts stacked, as in memory"
     model.save_pretrained(tmp_path)

@@ -1,12 +1,9 @@
 """Tensors of MTP heads: transformers drops them without a word; here they are carried to what is saved, or refused."""
 
 import copy
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,23 +14,10 @@ from safetensors.torch import load_file, save_file
 import farskip
 from farskip.models.mtp_tensors import SHARD, carried_mtp_tensors
 from farskip.models.surgery import rewire
+from farskip.models.testing_families import CASES, build
 from farskip.models.testing_models import token_ids
 from farskip.testing import assert_equal_bits
 
-
-def load_beside(name: str) -> ModuleType:
-    """A file of this folder as a module: test folders are no packages."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look themselves up
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-cases_module = load_beside("family_cases")
-CASES, build = cases_module.CASES, cases_module.build
 INDEX = "model.safetensors.index.json"
 
 _LAYER = "model.layers.4."

@@ -4,12 +4,9 @@ The tensor-parallel half of the parity grid; the expert-parallel half is test_ex
 """
 
 import copy
-import importlib.util
 import itertools
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,41 +21,21 @@ from farskip.models.parallelize import full_state_dict, parallelize, tune_schedu
 from farskip.models.recompute import recompute_stages
 from farskip.models.surgery import rewire, wiring_of
 from farskip.models.tensor_parallel import check_tensor_parallel
+from farskip.models.testing_families import CASES, build
 from farskip.models.testing_models import forced_routing, gradients, next_token_loss, token_ids
 from farskip.parallel.collectives import ProcessGroupLink
 from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, axis_size, build_mesh
 from farskip.parallel.testing_links import LateLink
 from farskip.recorder import Recorder
-from farskip.testing import assert_close, assert_equal_bits, poison_empty
+from farskip.testing import assert_close, assert_equal_bits, load_beside, pairwise, poison_empty
 
 if TYPE_CHECKING:
     from farskip.testing import RankPool
 
 
-def load_beside(name: str) -> ModuleType:
-    """A file of this folder as a module: test folders are no packages."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look themselves up
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-cases_module = load_beside("family_cases")
-CASES, build = cases_module.CASES, cases_module.build
-
-LOGITS = {"max_error": 5e-5}
-"""DESIGN.md 4: fp32, and sums over ranks are formed in another order."""
-GRADIENTS = {"rel_norm": 1e-4}
-"""DESIGN.md 4."""
-WEIGHTS = {"rel_norm": 1e-4}
-"""As the gradients: a step of AdamW is a smooth function of them with the epsilon of `OPTIMIZER`."""
-OPTIMIZER = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
-"""An epsilon near the size of a gradient; with 1e-8 the first step is the sign of a gradient, noise where that is 0."""
-CLIP = 0.5
+steps = load_beside(__file__, "training_step")
+LOGITS, Outcome = steps.LOGITS, steps.Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,30 +56,7 @@ class Setting:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        default = Setting()
-        named = {name: getattr(self, name) for name in ("case", "wiring", "world", "tp", "ep")}
-        named |= {
-            name: getattr(self, name)
-            for name in ("layers", "recompute", "chunks", "routing", "sequences", "length", "changes")
-            if getattr(self, name) != getattr(default, name)
-        }
-        return "-".join(
-            str(value) if name in ("case", "wiring") else f"{name}={value}" for name, value in named.items()
-        )
-
-
-@dataclass
-class Outcome:
-    """What one training step of one model gave."""
-
-    logits: torch.Tensor
-    raw: dict[str, torch.Tensor]
-    reduced: dict[str, torch.Tensor]
-    loss: torch.Tensor
-    norm: torch.Tensor
-    weights: dict[str, torch.Tensor]
-    recorder: Recorder
-    model: Any
+        return steps.label(self, "case", "wiring", "world", "tp", "ep")
 
 
 def base_model(setting: Setting) -> Any:
@@ -119,32 +73,13 @@ def step(model: Any, setting: Setting, data: range, data_parallel: DataParallel 
     if setting.recompute:
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=lambda *_: pytest.fail("called"))
         attachment.checkpoint_layers = setting.recompute
-    optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
     ids = torch.cat([token_ids(setting.sequences, setting.length, seed=each) for each in data])
     num_targets = setting.world // setting.tp * setting.sequences * (setting.length - 1)
     with poison_empty():
         logits = model(ids, use_cache=False).logits
         loss = next_token_loss(logits, ids, num_targets)
         loss.backward()
-    raw, total = gradients(model), loss.detach().clone()
-    if data_parallel is None:
-        norm, reduced = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP), raw
-    else:
-        data_parallel.reduce_gradients()
-        total = data_parallel.all_reduce_sum(total)
-        reduced = gradients(model)
-        norm = data_parallel.clip_gradients(CLIP)
-    optimizer.step()
-    return Outcome(
-        logits=logits.detach(),
-        raw=raw,
-        reduced=reduced,
-        loss=total,
-        norm=norm,
-        weights={name: parameter.detach().clone() for name, parameter in model.named_parameters()},
-        recorder=recorder,
-        model=model,
-    )
+    return steps.finish(model, logits, loss.detach().clone(), recorder, data_parallel)
 
 
 def data_rank(setting: Setting) -> int:
@@ -186,35 +121,20 @@ def my_slice(tensors: dict[str, torch.Tensor], outcome: Outcome) -> dict[str, to
     return mine
 
 
-def check_recorder(outcome: Outcome, setting: Setting) -> None:
-    """Autograd followed the backward list to the letter."""
-    attachment = attachment_of(outcome.model)
-    assert attachment is not None
-    schedule = attachment.executor.schedule(attachment.segments(recompute=bool(setting.recompute)))
-    again = [each for segment in reversed(schedule.segments) for each in schedule.of_segment(segment)]
-    assert outcome.recorder.forward == [*schedule.forward, *(again if setting.recompute else [])]
-    assert outcome.recorder.backward == list(schedule.backward)
-
-
-def check_against_one_rank(outcome: Outcome, one: Outcome, setting: Setting) -> None:
-    mine = one.logits[setting.sequences * data_rank(setting) :][: setting.sequences]
-    assert_close(outcome.logits, mine, **LOGITS)
-    assert_close(outcome.loss, one.loss, rel_norm=1e-5, name="loss")
-    assert_close(outcome.reduced, my_slice(one.reduced, outcome), **GRADIENTS)
-    assert_close(outcome.norm, one.norm, rel_norm=1e-5, name="norm")
-    assert float(one.norm) > CLIP, "the clip has to bite"
-    assert_close(outcome.weights, my_slice(one.weights, outcome), **WEIGHTS)
-
-
 def run_grid_point(setting: Setting) -> None:
     """On every rank: both proofs of DESIGN.md 3."""
     serial, overlapped = (parallel_step(setting, mode) for mode in ("serial", "overlapped"))
-    assert_equal_bits(overlapped.logits, serial.logits)
-    assert_equal_bits(overlapped.raw, serial.raw)
+    steps.check_bits(serial, overlapped)
     for outcome in (serial, overlapped):
-        check_recorder(outcome, setting)
+        steps.check_recorder(outcome, runs_again=bool(setting.recompute))
     one = step(base_model(setting), setting, range(setting.world // setting.tp), None)
-    check_against_one_rank(overlapped, one, setting)
+    steps.check_against_one(
+        overlapped,
+        one,
+        logits=one.logits[setting.sequences * data_rank(setting) :][: setting.sequences],
+        gradients=my_slice(one.reduced, overlapped),
+        weights=my_slice(one.weights, overlapped),
+    )
 
 
 def run_corner(changes: dict[str, Any]) -> None:
@@ -233,30 +153,12 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
 """`size`: world, tp, ep."""
 
 
-def pairwise() -> list[Setting]:
-    """Settings that together hold every pair of values of two dimensions; greedy and deterministic."""
-    names = list(DIMENSIONS)
-    missing = {
-        frozenset({(a, i), (b, j)})
-        for a, b in itertools.combinations(names, 2)
-        for i in range(len(DIMENSIONS[a]))
-        for j in range(len(DIMENSIONS[b]))
-    }
+def pairwise_settings() -> list[Setting]:
+    """Settings that together hold every pair of values of two dimensions."""
     found = []
-    while missing:
-        point = dict(min(missing, key=lambda pair: sorted((names.index(name), value) for name, value in pair)))
-        for name in names:
-            if name not in point:
-                point[name] = max(
-                    range(len(DIMENSIONS[name])),
-                    key=lambda value, name=name: sum(
-                        frozenset({(name, value), other}) in missing for other in point.items()
-                    ),
-                )
-        missing -= {frozenset(pair) for pair in itertools.combinations(point.items(), 2)}
-        values = {name: DIMENSIONS[name][point[name]] for name in names}
-        world, tp, ep = values.pop("size")
-        found.append(Setting(world=world, tp=tp, ep=ep, **values))
+    for point in pairwise(DIMENSIONS):
+        world, tp, ep = point.pop("size")
+        found.append(Setting(world=world, tp=tp, ep=ep, **point))
     return found
 
 
@@ -276,22 +178,12 @@ CORNERS = [
     Setting(case="qwen3_moe", sequences=1, length=5, ep=2),
     Setting(case="qwen3_moe", sequences=1, length=5, world=4, tp=2, ep=1),
 ]
-GRID = [*pairwise(), *CORNERS]
+GRID = [*pairwise_settings(), *CORNERS]
 
 
 @pytest.mark.parametrize("setting", GRID, ids=str)
 def test_serial_equals_overlapped_and_k_ranks_equal_one(setting: Setting, rank_pool: "RankPool") -> None:
     rank_pool.run(run_grid_point, setting.world, setting)
-
-
-def test_the_grid_holds_every_pair() -> None:
-    points = [
-        {**{name: getattr(each, name) for name in DIMENSIONS if name != "size"}, "size": (each.world, each.tp, each.ep)}
-        for each in pairwise()
-    ]
-    for first, second in itertools.combinations(DIMENSIONS, 2):
-        for a, b in itertools.product(DIMENSIONS[first], DIMENSIONS[second]):
-            assert any(point[first] == a and point[second] == b for point in points), f"{first}={a}, {second}={b}"
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
@@ -482,7 +374,7 @@ def frozen_parts(frozen: str) -> None:
         whole = gradient
         if name in layout.sharded:
             whole = gradient.chunk(2, layout.sharded[name])[dist.get_rank()]
-        assert_close(reduced[name], whole, **GRADIENTS, name=name)
+        assert_close(reduced[name], whole, **steps.GRADIENTS, name=name)
     assert reduced.keys() == found[2][0].keys()
 
 

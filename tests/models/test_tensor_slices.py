@@ -1,11 +1,8 @@
 """`load(mesh=...)` under tensor parallelism reads this rank's slices only: in bits as loaded whole and cut; the bytes
-are counted. What is read of experts alone is in test_expert_slices.py."""
+are counted. What is read of experts alone is in test_rank_slices.py."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,32 +12,23 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 
 import farskip
-from farskip.models import expert_slices
+from farskip.models import rank_slices
 from farskip.models.attach import attachment_of
 from farskip.models.checkpoint_files import read_checkpoint
-from farskip.models.expert_slices import StoredSlice, TensorSlice
+from farskip.models.rank_slices import StoredSlice, TensorSlice
+from farskip.models.testing_families import CASES as ALL_CASES
+from farskip.models.testing_families import is_dense
 from farskip.models.testing_models import token_ids
 from farskip.parallel.mesh import EP_AXIS, axis_size, build_mesh
-from farskip.testing import assert_equal_bits, run_ranks
+from farskip.testing import assert_equal_bits, load_beside, run_ranks
 
 if TYPE_CHECKING:
     from farskip.testing import RankPool
 
 
-def load_beside(name: str) -> ModuleType:
-    """A file of this folder as a module: test folders are no packages."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look themselves up
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-experts_module, cases_module = load_beside("test_expert_slices"), load_beside("family_cases")
+experts_module = load_beside(__file__, "test_rank_slices")
 saved, edit, read_all = experts_module.saved, experts_module.edit, experts_module.read_all
-CASES = {name: case for name, case in cases_module.CASES.items() if case.family != "olmoe"}
+CASES = {name: case for name, case in ALL_CASES.items() if case.family != "olmoe"}
 """What tensor parallelism cuts: all but OLMoE, which it refuses."""
 DENSE = {"hidden_size": 64, "intermediate_size": 4096}
 MIXED = {"hidden_size": 64, "num_attention_heads": 16, "head_dim": 64, "moe_intermediate_size": 96}
@@ -81,7 +69,7 @@ def sliced_equals_cut(folder: str, ep: int, tp: int) -> None:
 def test_slices_equal_the_whole_model_cut(case: str, rank_pool: "RankPool", tmp_path: Path) -> None:
     """With experts whole and, where there are any, spread."""
     folder = saved(case, tmp_path / "model")
-    for ep in (1,) if cases_module.is_dense(CASES[case]) else (1, 2):
+    for ep in (1,) if is_dense(CASES[case]) else (1, 2):
         rank_pool.run(sliced_equals_cut, 2, str(folder), ep, 2)
 
 
@@ -206,19 +194,19 @@ def test_mtp_heads_are_not_cut(rank_pool: "RankPool", tmp_path: Path) -> None:
 
 def refused_unread(folder: str, tp: int, beside: bool = False) -> str:
     """What `load` says, which may have read headers only."""
-    read_into, reads = expert_slices._read_into, []
+    read_into, reads = rank_slices._read_into, []
 
     def noted(*arguments: Any) -> None:
         reads.append(arguments)
         read_into(*arguments)
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp")) if beside else build_mesh(1, tp=tp)
-    expert_slices._read_into = noted  # type: ignore[assignment]
+    rank_slices._read_into = noted  # type: ignore[assignment]
     try:
         with pytest.raises(ValueError) as caught:
             farskip.load(folder, mesh=mesh)
     finally:
-        expert_slices._read_into = read_into
+        rank_slices._read_into = read_into
     assert not reads and "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -1,13 +1,10 @@
 """`load(mesh=...)` reads this rank's experts only: in bits as loaded whole and cut; the bytes are counted."""
 
-import importlib.util
 import json
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,10 +13,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import farskip
-from farskip.models import expert_slices
+from farskip.models import rank_slices
 from farskip.models.attach import attachment_of
 from farskip.models.checkpoint_files import StoredCheckpoint, read_checkpoint
-from farskip.models.expert_slices import ExpertSlice, ReadWhenUsed, StoredSlice, why_whole
+from farskip.models.rank_slices import ExpertSlice, ReadWhenUsed, StoredSlice, why_whole
+from farskip.models.testing_families import CASES, FAMILIES, build, is_dense
 from farskip.models.testing_models import token_ids
 from farskip.parallel.mesh import build_mesh
 from farskip.testing import assert_equal_bits, run_ranks
@@ -28,27 +26,14 @@ if TYPE_CHECKING:
     from farskip.testing import RankPool
 
 
-def load_beside(name: str) -> ModuleType:
-    """A file of this folder as a module: test folders are no packages."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look themselves up
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-cases_module = load_beside("family_cases")
-CASES = cases_module.CASES
-MOE = [name for name in cases_module.FAMILIES if not cases_module.is_dense(CASES[name])]
+MOE = [name for name in FAMILIES if not is_dense(CASES[name])]
 BIG = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 512}
 
 
 def saved(case: str, folder: Path, *, fused: bool = False, **changes: Any) -> Path:
     """A rewired checkpoint of a case in several files; with its experts stacked, as transformers holds them, or as the
     family stores them."""
-    model = farskip.rewire(cases_module.build(CASES[case], **changes).eval(), "farskip", "last:3")
+    model = farskip.rewire(build(CASES[case], **changes).eval(), "farskip", "last:3")
     model.generation_config.max_new_tokens = 7
     farskip.save(model, folder)
     if fused:
@@ -318,7 +303,7 @@ def warned(folder: str, ep: int, tp: int) -> list[str]:
 def test_tensors_in_another_format_are_read_whole_and_rank_0_says_why(
     ep: int, tp: int, rank_pool: "RankPool", tmp_path: Path
 ) -> None:
-    model = cases_module.build(CASES["qwen3_moe"]).eval()
+    model = build(CASES["qwen3_moe"]).eval()
     model.save_pretrained(tmp_path / "model")
     state = load_file(tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "model.safetensors").unlink()
@@ -362,13 +347,13 @@ def test_an_experts_matrix_is_read_when_it_is_used(tmp_path: Path, monkeypatch: 
     matrices = [torch.rand(3, 2), torch.rand(3, 2)]
     save_file({str(number): matrix for number, matrix in enumerate(matrices)}, tmp_path / "model.safetensors")
     stored, reads = read_checkpoint(tmp_path).tensors, []
-    read_into = expert_slices._read_into
+    read_into = rank_slices._read_into
 
     def noted(*arguments: Any) -> None:
         reads.append(arguments)
         read_into(*arguments)
 
-    monkeypatch.setattr(expert_slices, "_read_into", noted)
+    monkeypatch.setattr(rank_slices, "_read_into", noted)
     waiting: list[Any] = [ReadWhenUsed(StoredSlice(stored[name]))[...].to("cpu", torch.bfloat16) for name in ("0", "1")]
     assert waiting[0].dtype == torch.bfloat16 and waiting[0].is_floating_point() and not reads
     assert_equal_bits(torch.stack(waiting, dim=1), torch.stack(matrices, dim=1).bfloat16())
