@@ -39,6 +39,8 @@ Source: the windows are those of FarSkip-Collective (arXiv 2511.11505) section 4
 """
 
 import difflib
+from bisect import insort
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -166,7 +168,7 @@ def build_schedule(
     mode: str,
     *,
     segments: Sequence[Segment] | None = None,
-    placement: Placement | None = None,
+    placement: Placement = Placement(),
 ) -> Schedule:
     """The schedule of a stage graph.
 
@@ -192,7 +194,7 @@ def build_schedule(
         if mode == "serial" or not graph.has_collectives:
             forward += _serial(stages)
         else:
-            forward += _overlapped(stages, placement or Placement(), graph.chain is not None)
+            forward += _overlapped(stages, placement, graph.chain is not None)
     if graph.chain is None:
         return Schedule(mode=mode, segments=chosen, forward=tuple(forward), backward=mirror(forward))
     backward: list[Instruction] = []
@@ -226,55 +228,69 @@ def _serial(stages: Sequence[Stage]) -> list[Instruction]:
 def _overlapped(stages: Sequence[Stage], placement: Placement, reduced: bool = False) -> list[Instruction]:
     """The loop of the module docstring; `reduced`: under tensor parallelism."""
     steps: list[Instruction] = []
-    done: set[Key] = set()
-    in_flight: list[Key] = []
-    waiting = {stage.key: stage for stage in stages}
+    in_flight: deque[Key] = deque()
+    unmet = {stage.key: len(stage.after) for stage in stages}
+    followers: dict[Key, list[int]] = {stage.key: [] for stage in stages}
+    for number, stage in enumerate(stages):
+        for key in stage.after:
+            followers[key].append(number)
+    ready: list[int] = []  # stages to run and collectives to launch, as numbers in program order
+    launchable: list[int] = []
+    reductions = deque(number for number, stage in enumerate(stages) if stage.is_reduction)
     dispatching = {stage.key.layer for stage in stages if stage.key.stage == DISPATCH}
 
-    def is_ready(stage: Stage) -> bool:
-        return not stage.is_collective and done.issuperset(stage.after)
+    def released(number: int) -> None:
+        insort(launchable if stages[number].is_collective else ready, number)
 
-    def run(stage: Stage) -> None:
-        steps.append(Instruction(Do.RUN, stage.key))
-        done.add(stage.key)
-        del waiting[stage.key]
+    def done(key: Key) -> None:
+        for number in followers[key]:
+            unmet[stages[number].key] -= 1
+            if not unmet[stages[number].key]:
+                released(number)
+
+    def run(number: int) -> None:
+        ready.remove(number)
+        steps.append(Instruction(Do.RUN, stages[number].key))
+        done(stages[number].key)
         # a collective is launched as soon as its input exists; all-reduces moreover in the order of the stream
-        may_reduce = True
-        for collective in [other for other in waiting.values() if other.is_collective]:
-            if done.issuperset(collective.after) and (may_reduce or not collective.is_reduction):
-                steps.append(Instruction(Do.LAUNCH, collective.key))
-                in_flight.append(collective.key)
-                del waiting[collective.key]
-            elif collective.is_reduction:
-                may_reduce = False
+        for number in tuple(launchable):
+            if stages[number].is_reduction:
+                if number != reductions[0]:
+                    continue
+                reductions.popleft()
+            launchable.remove(number)
+            steps.append(Instruction(Do.LAUNCH, stages[number].key))
+            in_flight.append(stages[number].key)
 
     def wait() -> None:
         steps.append(Instruction(Do.WAIT, in_flight[0]))
-        done.add(in_flight.pop(0))
+        done(in_flight.popleft())
 
-    def is_chain(stage: Stage) -> bool:
-        return stage.key.stage in _CHAIN and (not reduced or stage.key.layer in dispatching)
+    def is_chain(key: Key) -> bool:
+        return key.stage in _CHAIN and (not reduced or key.layer in dispatching)
 
-    def belongs_here(stage: Stage) -> bool:
-        if reduced and (stage.key.stage == MLP or stage.key.layer not in dispatching):
+    def belongs_here(key: Key) -> bool:
+        if reduced and (key.stage == MLP or key.layer not in dispatching):
             return True  # nothing of its own to hide: it is cover for whatever is in flight
-        position = placement.position(stage.key)
+        position = placement.position(key)
         return position is not None and position <= _window_of(in_flight[0])
 
-    while waiting or in_flight:
-        ready = [stage for stage in waiting.values() if is_ready(stage)]
-        chain = next((stage for stage in ready if is_chain(stage)), None)
+    for number, stage in enumerate(stages):
+        if not stage.after:
+            released(number)
+    while ready or in_flight:
+        chain = next((number for number in ready if is_chain(stages[number].key)), None)
         if chain is not None:
             run(chain)
         elif in_flight:
-            filler = next((stage for stage in ready if belongs_here(stage)), None)
+            filler = next((number for number in ready if belongs_here(stages[number].key)), None)
             if filler is not None:
                 run(filler)
             else:
                 wait()
         else:
-            assert ready, f"stages {[str(key) for key in waiting]} wait for each other"
             run(ready[0])
+    assert not any(unmet.values()), f"stages {[str(key) for key in unmet if unmet[key]]} wait for each other"
     return steps
 
 
