@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from farskip.executor import Executor
 from farskip.launch.bench_config import BenchOverlapConfig
-from farskip.launch.bench_variants import VOCABULARY, Kind, Variant
+from farskip.launch.bench_variants import VOCABULARY, Kind, Variant, stage_variant
 from farskip.models.attach import attachment_of
 from farskip.models.family import backbone_of
 from farskip.models.fresh import build_model
@@ -26,7 +26,6 @@ from farskip.models.parallelize import parallelize
 from farskip.models.surgery import rewire
 from farskip.parallel.collectives import ProcessGroupLink
 from farskip.parallel.tensor_parallel import TensorParallelRanks
-from farskip.schedule import Segment
 from farskip.timed_dense_blocks import DenseSleepTimes, SleepingDenseBlocks
 from farskip.wiring import Wiring
 
@@ -138,18 +137,4 @@ class TimedTensorModels:
     def _variant(self, kind: Kind, blocks: nn.ModuleList, ranks: TensorParallelRanks | None = None) -> Variant:
         wiring = Wiring.named(kind.wiring, len(blocks))
         executor = Executor(list(blocks), wiring, tensor_parallel=ranks, mode=kind.schedule)  # type: ignore[arg-type]
-        segment = Segment(0, len(blocks))
-        arguments: list[dict[str, Any]] = [{}] * len(blocks)
-
-        def forward() -> torch.Tensor:
-            x_BSD = self._x_BSD.detach().requires_grad_(torch.is_grad_enabled())
-            return executor.run_segment(executor.schedule(), segment, x_BSD, x_BSD, arguments)[0]
-
-        return Variant(
-            name=kind.name,
-            forward=forward,
-            parameters=dict(blocks.named_parameters()),
-            executor=executor,
-            reference=kind.reference,
-            wiring=kind.wiring,
-        )
+        return stage_variant(kind, executor, blocks, self._x_BSD)

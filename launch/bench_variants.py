@@ -188,6 +188,33 @@ class RealModels:
         )
 
 
+def stage_variant(kind: Kind, executor: Executor, blocks: nn.ModuleList, x_BSD: torch.Tensor) -> Variant:
+    """A variant of sub-blocks without a model around them.
+
+    Args:
+        kind: what it is.
+        executor: runs the blocks.
+        blocks: whose parameters get gradients.
+        x_BSD: what goes into the first layer.
+    """
+    segment = Segment(0, len(blocks))
+    arguments: list[dict[str, Any]] = [{}] * len(blocks)
+
+    def forward() -> torch.Tensor:
+        entering_BSD = x_BSD.detach().requires_grad_(torch.is_grad_enabled())
+        return executor.run_segment(executor.schedule(), segment, entering_BSD, entering_BSD, arguments)[0]
+
+    return Variant(
+        name=kind.name,
+        forward=forward,
+        parameters=dict(blocks.named_parameters()),
+        executor=executor,
+        reference=kind.reference,
+        exact=kind.chunks == 1,
+        wiring=kind.wiring,
+    )
+
+
 class TimedModels:
     """Variants of sleeps, run by the executor without a model around it.
 
@@ -230,19 +257,4 @@ class TimedModels:
         wiring = Wiring.named(kind.wiring, len(blocks))
         executor = Executor(list(blocks), wiring, dispatcher=dispatcher, mode=kind.schedule)  # type: ignore[arg-type]
         executor.routing_hook = self._hook
-        segment = Segment(0, len(blocks))
-        arguments: list[dict[str, Any]] = [{}] * len(blocks)
-
-        def forward() -> torch.Tensor:
-            x_BSD = self._x_BSD.detach().requires_grad_(torch.is_grad_enabled())
-            return executor.run_segment(executor.schedule(), segment, x_BSD, x_BSD, arguments)[0]
-
-        return Variant(
-            name=kind.name,
-            forward=forward,
-            parameters=dict(blocks.named_parameters()),
-            executor=executor,
-            reference=kind.reference,
-            exact=kind.chunks == 1,
-            wiring=kind.wiring,
-        )
+        return stage_variant(kind, executor, blocks, self._x_BSD)

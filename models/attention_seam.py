@@ -8,7 +8,7 @@ the model would silently run without one.
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -27,37 +27,24 @@ AfterCore = Callable[[torch.Tensor], torch.Tensor]
 """Called by an attention with its core's output [B, S, heads, head_dim]; its output projection reads the result."""
 
 
-class seam_set:  # noqa: N801 - used as a function
-    """Have this attention call `seam` on its way, inside the ``with`` block.
-
-    Args:
-        attention: a transformers attention module.
-        seam: what it calls.
-    """
-
-    __slots__ = ("_attributes",)
-
-    # Entered once per layer and pass: no generator, and not through the attribute protocol of nn.Module.
-
-    def __init__(self, attention: nn.Module, seam: Seam) -> None:
-        self._attributes = attention.__dict__
-        self._attributes[_SEAM] = seam
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: object) -> None:
-        del self._attributes[_SEAM]
-
-
 @contextmanager
-def core_recomputed(attention: nn.Module) -> Iterator[None]:
-    """Have this attention keep only query, key and value of its core and run the core again in backward."""
-    attention.__dict__[_RECOMPUTE] = True
+def _attribute_set(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Not through the attribute protocol of nn.Module: this happens once per layer and pass."""
+    module.__dict__[name] = value
     try:
         yield
     finally:
-        del attention.__dict__[_RECOMPUTE]
+        del module.__dict__[name]
+
+
+def seam_set(attention: nn.Module, seam: Seam) -> AbstractContextManager[None]:
+    """Have this attention call `seam` on its way, inside the ``with`` block."""
+    return _attribute_set(attention, _SEAM, seam)
+
+
+def core_recomputed(attention: nn.Module) -> AbstractContextManager[None]:
+    """Have this attention keep only query, key and value of its core and run the core again in backward."""
+    return _attribute_set(attention, _RECOMPUTE, True)
 
 
 @contextmanager
@@ -76,11 +63,8 @@ def after_core_set(attention: nn.Module, after_core: AfterCore) -> Iterator[None
         num_calls += 1
         return after_core(output_BSHV)
 
-    setattr(attention, _AFTER_CORE, counted)
-    try:
+    with _attribute_set(attention, _AFTER_CORE, counted):
         yield
-    finally:
-        delattr(attention, _AFTER_CORE)
     if num_calls != 1:
         raise RuntimeError(
             f"{type(attention).__name__}: its core was left {num_calls} times through the seam instead of once; its "

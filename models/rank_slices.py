@@ -51,35 +51,20 @@ _DTYPES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertSlice:
-    """Which experts are this rank's: the `rank`-th of `size` equal stretches."""
+class Share:
+    """Which part of something is this rank's: the `rank`-th of `size` equal stretches."""
 
     rank: int
     size: int
 
-    def of(self, num_experts: int) -> range:
-        """The numbers of this rank's experts.
+    def of(self, length: int, what: str = "entries") -> range:
+        """The numbers in this rank's stretch of 0..length-1.
 
         Raises:
-            ValueError: the slices would not be equal.
+            ValueError: the stretches would not be equal.
         """
-        if num_experts % self.size:
-            raise ValueError(
-                f"expert parallelism of {self.size} does not divide {num_experts} experts: choose a divisor"
-            )
-        local = num_experts // self.size
-        return range(self.rank * local, (self.rank + 1) * local)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorSlice:
-    """Which part of a dimension that tensor parallelism cuts is this rank's: the `rank`-th of `size` equal ones."""
-
-    rank: int
-    size: int
-
-    def of(self, length: int) -> range:
-        """This rank's part of a dimension that `size` divides."""
+        if length % self.size:
+            raise ValueError(f"parallelism of {self.size} does not divide {length} {what}: choose a divisor")
         local = length // self.size
         return range(self.rank * local, (self.rank + 1) * local)
 
@@ -93,8 +78,8 @@ class RankSlices:
         tensors: of what is cut over the ``tp`` axis.
     """
 
-    experts: ExpertSlice
-    tensors: TensorSlice
+    experts: Share
+    tensors: Share
 
 
 class StoredSlice:
@@ -202,13 +187,13 @@ def slices_here(folder: Path, config: Mapping[str, Any], mesh: DeviceMesh) -> Ra
     if reason is not None:
         _warn(mesh, f"load {folder}: every rank reads the whole checkpoint, because {reason}")
         return None
-    return RankSlices(experts=ExpertSlice(**_place(mesh, EP_AXIS)), tensors=TensorSlice(**_place(mesh, TP_AXIS)))
+    return RankSlices(experts=_place(mesh, EP_AXIS), tensors=_place(mesh, TP_AXIS))
 
 
-def _place(mesh: DeviceMesh, axis: str) -> dict[str, int]:
-    """This rank's number along an axis, and the axis's size."""
+def _place(mesh: DeviceMesh, axis: str) -> Share:
+    """What is this rank's along an axis."""
     size = axis_size(mesh, axis)
-    return {"rank": dist.get_rank(axis_group(mesh, axis)) if size > 1 else 0, "size": size}
+    return Share(rank=dist.get_rank(axis_group(mesh, axis)) if size > 1 else 0, size=size)
 
 
 def why_whole(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -270,7 +255,7 @@ def load_slice(
 
 
 def _slice_experts(
-    stored: StoredCheckpoint, here: ExpertSlice
+    stored: StoredCheckpoint, here: Share
 ) -> tuple[dict[str, StoredSlice | ReadWhenUsed], dict[str, int]]:
     """Every tensor, of experts this rank's only; and how many experts each MoE has in the checkpoint."""
     one, all_of = {}, {}
@@ -289,11 +274,11 @@ def _slice_experts(
     slices: dict[str, StoredSlice | ReadWhenUsed] = {}
     for name, tensor in stored.tensors.items():
         if name in one:
-            mine = here.of(counts[one[name]["experts"]])
+            mine = here.of(counts[one[name]["experts"]], "experts")
             if int(one[name]["number"]) in mine:
                 slices[name] = ReadWhenUsed(StoredSlice(tensor))
         elif name in all_of:
-            slices[name] = StoredSlice(tensor, here.of(counts[all_of[name]["experts"]]))
+            slices[name] = StoredSlice(tensor, here.of(counts[all_of[name]["experts"]], "experts"))
         else:
             slices[name] = StoredSlice(tensor)
     return slices, counts
@@ -314,7 +299,7 @@ def _refuse_absent(folder: Path, found: Mapping[str, Mapping[str, set[int]]], co
         )
 
 
-def _slice_tensors(model: Any, family: Family, stored: StoredCheckpoint, here: TensorSlice) -> dict[str, StoredSlice]:
+def _slice_tensors(model: Any, family: Family, stored: StoredCheckpoint, here: Share) -> dict[str, StoredSlice]:
     """Cut the parameters of a model that has no memory yet as tensor parallelism does. Returns their parts of files.
 
     Raises:
@@ -349,14 +334,14 @@ def _cut_class(model_class: Any, cut: Callable[[Any], None]) -> Any:
     return type(model_class.__name__, (model_class,), {"__init__": init, **names})
 
 
-def _cut_experts(experts: nn.Module, here: ExpertSlice, stored_counts: set[int]) -> None:
+def _cut_experts(experts: nn.Module, here: Share, stored_counts: set[int]) -> None:
     num_experts = int(experts.num_experts)  # type: ignore[arg-type]
     if stored_counts - {num_experts}:
         raise ValueError(
             f"the checkpoint has {', '.join(str(count) for count in sorted(stored_counts))} experts in a layer, its "
             f"config {num_experts}; correct config.json"
         )
-    local = len(here.of(num_experts))
+    local = len(here.of(num_experts, "experts"))
     for name, parameter in list(experts.named_parameters(recurse=False)):
         part = torch.empty((local, *parameter.shape[1:]), dtype=parameter.dtype, device=parameter.device)
         setattr(experts, name, nn.Parameter(part, requires_grad=parameter.requires_grad))

@@ -16,7 +16,7 @@ import farskip
 from farskip.models import rank_slices
 from farskip.models.attach import attachment_of
 from farskip.models.checkpoint_files import StoredCheckpoint, read_checkpoint
-from farskip.models.rank_slices import ExpertSlice, ReadWhenUsed, StoredSlice, why_whole
+from farskip.models.rank_slices import ReadWhenUsed, Share, StoredSlice, why_whole
 from farskip.models.testing_families import CASES, FAMILIES, build, is_dense
 from farskip.models.testing_models import token_ids
 from farskip.parallel.mesh import build_mesh
@@ -259,7 +259,7 @@ def test_another_number_of_experts_than_the_config_says(rank_pool: "RankPool", t
 
 def test_experts_that_the_ranks_do_not_share_out_equally(rank_pool: "RankPool", tmp_path: Path) -> None:
     folder = saved("qwen3_moe", tmp_path / "model")
-    refused(rank_pool, folder, "expert parallelism of 3 does not divide 8 experts: choose a divisor", ep=3)
+    refused(rank_pool, folder, "parallelism of 3 does not divide 8 experts: choose a divisor", ep=3)
 
 
 def test_a_missing_a_stray_and_a_misshapen_tensor(rank_pool: "RankPool", tmp_path: Path) -> None:
@@ -363,5 +363,5 @@ def test_an_experts_matrix_is_read_when_it_is_used(tmp_path: Path, monkeypatch: 
 
 
 def test_the_slices_share_out_all_experts() -> None:
-    parts = [ExpertSlice(rank=rank, size=4).of(12) for rank in range(4)]
+    parts = [Share(rank=rank, size=4).of(12) for rank in range(4)]
     assert [number for part in parts for number in part] == list(range(12))

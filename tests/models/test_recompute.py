@@ -8,7 +8,7 @@ import torch
 from farskip.models.attach import attachment_of
 from farskip.models.recompute import RecomputedSubBlocks, recompute_stages
 from farskip.models.surgery import rewire
-from farskip.models.testing_models import gradients, next_token_loss, run_backward, tiny_model, token_ids
+from farskip.models.testing_models import next_token_loss, run_backward, tiny_model, token_ids
 from farskip.testing import assert_equal_bits
 
 FAMILIES = ("qwen3_moe", "deepseek_v3")
@@ -89,7 +89,6 @@ def test_twice_is_once() -> None:
     blocks = attachment.executor.sub_blocks
     recompute_stages(model)
     assert all(a is b for a, b in zip(attachment.executor.sub_blocks, blocks, strict=True))
-    assert gradients(model) == {}
 
 
 def test_a_model_without_farskip_is_refused() -> None:

@@ -15,7 +15,7 @@ import farskip
 from farskip.models import rank_slices
 from farskip.models.attach import attachment_of
 from farskip.models.checkpoint_files import read_checkpoint
-from farskip.models.rank_slices import StoredSlice, TensorSlice
+from farskip.models.rank_slices import Share, StoredSlice
 from farskip.models.testing_families import CASES as ALL_CASES
 from farskip.models.testing_families import is_dense
 from farskip.models.testing_models import token_ids
@@ -277,7 +277,7 @@ def test_a_part_of_a_stored_tensor(dtype: torch.dtype, shape: tuple[int, ...], d
     save_file(tensors, tmp_path / "model.safetensors")
     stored = read_checkpoint(tmp_path).tensors["it"]
     for rank, expected in enumerate(tensors["it"].chunk(3, dim)):
-        part = StoredSlice(stored, TensorSlice(rank=rank, size=3).of(6), dim)
+        part = StoredSlice(stored, Share(rank=rank, size=3).of(6), dim)
         assert part.shape == expected.shape
         assert_equal_bits(part[...], expected.contiguous())
 
