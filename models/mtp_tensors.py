@@ -9,7 +9,8 @@ nothing is computed with them here, and nothing is lost. Their names in a checkp
 
 They stay in the files they came from, mapped into memory: on Linux the bytes remain even if the file is removed or
 replaced by another, but not if it is overwritten in place. So they keep their dtype whatever `load` is asked for, and
-are as old as the checkpoint they came from: training does not touch them.
+are as old as the checkpoint they came from: training does not touch them. Matrices in fp8 are undone when they are
+written, because the model around them is plain by then.
 """
 
 import json
@@ -21,6 +22,8 @@ from typing import Any, Self
 import torch
 
 from farskip.models.checkpoint_files import INDEX, SINGLE, has_safetensors, read_checkpoint
+from farskip.models.fp8 import SUFFIX, Fp8
+from farskip.models.stored_slice import undo_blocks
 
 SHARD = "model-mtp.safetensors"
 """The file that `write_mtp_tensors` writes; its metadata says which files of which checkpoint the tensors came from."""
@@ -33,9 +36,21 @@ _SINGLE_OF_TWO = "model-00001-of-00001.safetensors"
 class CarriedTensors:
     """Tensors [any shape] by name, as they lie in their files. Never changed, so copies of a model share them."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], files: dict[str, Path]) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor], files: dict[str, Path], fp8: Fp8 | None = None) -> None:
         self.tensors = tensors
         self.files = files
+        self._fp8 = fp8
+
+    def plain(self) -> dict[str, torch.Tensor]:
+        """Them, with matrices in fp8 undone."""
+        if self._fp8 is None:
+            return self.tensors
+        scales = {name: self.tensors[name + SUFFIX] for name in self.tensors if name + SUFFIX in self.tensors}
+        return {
+            name: undo_blocks(tensor, scales[name], self._fp8.block, self._fp8.dtype) if name in scales else tensor
+            for name, tensor in self.tensors.items()
+            if name.removesuffix(SUFFIX) not in scales or name in scales
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -65,8 +80,15 @@ def everything_reported(model_class: Any) -> Any:
     return type(model_class.__name__, (model_class,), attributes)
 
 
-def carry_mtp_tensors(model: Any, folder: Path, config: dict[str, Any]) -> None:
-    """Keep the MTP tensors of the checkpoint that a model was loaded from, for `write_mtp_tensors`."""
+def carry_mtp_tensors(model: Any, folder: Path, config: dict[str, Any], fp8: Fp8 | None = None) -> None:
+    """Keep the MTP tensors of the checkpoint that a model was loaded from, for `write_mtp_tensors`.
+
+    Args:
+        model: gets them.
+        folder: of the checkpoint.
+        config: its ordinary config.
+        fp8: how its matrices are quantized; None for plain ones.
+    """
     from safetensors import safe_open
 
     if not has_safetensors(folder):
@@ -80,7 +102,7 @@ def carry_mtp_tensors(model: Any, folder: Path, config: dict[str, Any]) -> None:
                 tensors.update({name: opened.get_tensor(name) for name in names})
             files.update(dict.fromkeys(names, file.path.resolve()))
     if tensors:
-        setattr(model, _CARRIED, CarriedTensors(tensors, files))
+        setattr(model, _CARRIED, CarriedTensors(tensors, files, fp8))
 
 
 def carried_mtp_tensors(model: Any) -> CarriedTensors | None:
@@ -110,7 +132,8 @@ def write_mtp_tensors(model: Any, folder: Path) -> None:
     if carried is None:
         return
     sources = sorted({file.name for file in carried.files.values()})
-    save_file(carried.tensors, folder / SHARD, metadata={"format": "pt", "taken_from": ", ".join(sources)})
+    tensors = carried.plain()
+    save_file(tensors, folder / SHARD, metadata={"format": "pt", "taken_from": ", ".join(sources)})
     if (folder / INDEX).exists():
         index = json.loads((folder / INDEX).read_text())
     else:
@@ -120,6 +143,6 @@ def write_mtp_tensors(model: Any, folder: Path) -> None:
             "metadata": {"total_size": sum(tensor.num_bytes for tensor in stored.tensors.values())},
             "weight_map": dict.fromkeys(sorted(stored.tensors), _SINGLE_OF_TWO),
         }
-    index["weight_map"].update(dict.fromkeys(sorted(carried.tensors), SHARD))
-    index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in carried.tensors.values())
+    index["weight_map"].update(dict.fromkeys(sorted(tensors), SHARD))
+    index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -23,6 +23,7 @@ from farskip.models.checkpoint_files import has_safetensors, read_checkpoint
 from farskip.models.export import read_record
 from farskip.models.family import Family
 from farskip.models.folder_copy import replaced_when_complete
+from farskip.models.fp8 import METHOD, Fp8
 from farskip.models.mtp_tensors import carried_mtp_tensors, carry_mtp_tensors, everything_reported, is_mtp
 from farskip.models.parallelize import full_state_dict, parallelize
 from farskip.models.rank_slices import RankSlices, load_slice, slices_here
@@ -30,7 +31,7 @@ from farskip.models.saving import complete_checkpoint
 from farskip.models.surgery import rewire, wiring_of
 from farskip.wiring import Wiring
 
-_UNDONE_WHEN_LOADED = "mxfp4"
+_UNDONE_BY_TRANSFORMERS = "mxfp4"
 
 
 def load(
@@ -66,9 +67,9 @@ def load(
     folder = Path(path)
     config_dict = _read_config(folder)
     family, recorded = read_record(folder, config_dict)
-    _ask_for_plain_weights(folder, config_dict)
+    fp8 = _undo_quantization(folder, config_dict, dtype)
     here = None if mesh is None else slices_here(folder, config_dict, mesh)
-    model = _load_transformers(folder, family, config_dict, dtype, here).to(device)
+    model = _load_transformers(folder, family, config_dict, dtype, here, fp8).to(device)
     chosen = recorded if wiring is None else wiring
     if chosen is None and layers is not None:
         raise ValueError(f"load {folder}: layers={layers!r} needs wiring=, the checkpoint itself is ordinary")
@@ -128,22 +129,30 @@ def _on_first_rank(action: Callable[[], None]) -> None:
         raise RuntimeError(f"save: rank {dist.get_rank()} stops because rank 0 could not write: {said[0]}")
 
 
-def _ask_for_plain_weights(folder: Path, config: dict[str, Any]) -> None:
-    """Have transformers undo a quantization as it loads: quantized experts cannot be called by row, nor trained."""
+def _undo_quantization(folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> Fp8 | None:
+    """Quantized experts can neither be called by row nor trained: have transformers undo the quantization as it loads,
+    or take it out of the config, if it is one that is undone here as the files are read."""
     quantization = config.get("quantization_config")
     if quantization is None:
-        return
+        return None
+    fp8 = Fp8.of(folder, config, dtype)
+    if fp8 is not None:
+        if not has_safetensors(folder):
+            raise ValueError(f"load {folder}: the checkpoint is in fp8 and not in safetensors; give one in bf16")
+        del config["quantization_config"]
+        return fp8
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != _UNDONE_WHEN_LOADED:
+    if method != _UNDONE_BY_TRANSFORMERS:
         raise ValueError(
-            f"load {folder}: the checkpoint is quantized ({method!r}), and only {_UNDONE_WHEN_LOADED} is undone when "
-            "loaded: give a checkpoint in bf16"
+            f"load {folder}: the checkpoint is quantized ({method!r}), and only {METHOD} and {_UNDONE_BY_TRANSFORMERS} "
+            "are undone when loaded: give a checkpoint in bf16"
         )
     if importlib.util.find_spec("accelerate") is None:
         raise RuntimeError(
             f"load {folder}: undoing the quantization ({method!r}) needs accelerate; pip install accelerate"
         )
     config["quantization_config"] = {**quantization, "dequantize": True}
+    return None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -169,6 +178,7 @@ def _load_transformers(
     config_dict: dict[str, Any],
     dtype: torch.dtype | None,
     here: RankSlices | None = None,
+    fp8: Fp8 | None = None,
 ) -> Any:
     import transformers
     from safetensors import SafetensorError
@@ -180,17 +190,18 @@ def _load_transformers(
         )
     config = transformers.AutoConfig.for_model(**config_dict)
     arguments = {
-        "dtype": "auto" if dtype is None else dtype,
+        "dtype": dtype or ("auto" if fp8 is None else fp8.dtype),
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # reported below, by name
     }
     model_class = family.model_class()
     reporting = everything_reported(model_class)
     try:
-        if here is None:
+        if here is None and fp8 is None:
             model, info = reporting.from_pretrained(folder, config=config, **arguments)
         else:
-            model, info = load_slice(replace(family, own_class=lambda: reporting), folder, config, here, **arguments)
+            family = replace(family, own_class=lambda: reporting)
+            model, info = load_slice(family, folder, config, here or RankSlices(), fp8, **arguments)
     except (SafetensorError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "conversion" not in str(error):
             raise
@@ -199,7 +210,7 @@ def _load_transformers(
         why = f"missing tensors: {', '.join(absent[:3])}" if absent else " ".join(str(error).split())
         raise ValueError(f"load {folder}: {why}; the checkpoint is incomplete or damaged") from error
     model.__class__ = model_class
-    carry_mtp_tensors(model, folder, config_dict)
+    carry_mtp_tensors(model, folder, config_dict, fp8)
     if carried_mtp_tensors(model) is not None:
         of_head = is_mtp(config_dict)
         info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not of_head(name)]

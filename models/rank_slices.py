@@ -12,8 +12,6 @@ to it from outside, and the rest is its own code, so that the result is the slic
 Legend: E experts.
 """
 
-import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,27 +25,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from farskip.models.attach import layers_of
-from farskip.models.checkpoint_files import StoredCheckpoint, StoredTensor, has_safetensors, read_checkpoint
+from farskip.models.checkpoint_files import has_safetensors, read_checkpoint
 from farskip.models.family import Family
+from farskip.models.fp8 import Fp8
+from farskip.models.stored_slice import ReadWhenUsed, StoredSlice, StoredTensors
 from farskip.models.tensor_parallel import check_tensor_parallel, cut_parameters
 from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, axis_size, check_mesh
 
 _ONE_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<weight>.+)")
 _ALL_EXPERTS = re.compile(r"(?P<experts>.*\.experts)\.(?P<weight>[^.\d][^.]*)")
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,95 +64,8 @@ class RankSlices:
         tensors: of what is cut over the ``tp`` axis.
     """
 
-    experts: Share
-    tensors: Share
-
-
-class StoredSlice:
-    """A tensor in a file, or a part of it; `tensor[...]` reads that. What transformers takes for a tensor.
-
-    Args:
-        stored: where it lies.
-        part: of one dimension; all of it if None.
-        dim: which dimension.
-    """
-
-    def __init__(self, stored: StoredTensor, part: range | None = None, dim: int = 0) -> None:
-        if stored.dtype not in _DTYPES:
-            raise ValueError(f"{stored.file}: tensor {stored.name} has dtype {stored.dtype}, which cannot be loaded")
-        self.dtype = _DTYPES[stored.dtype]
-        self._stored = stored
-        self._part = part
-        self._dim = dim
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of what is read."""
-        shape = self._stored.shape
-        return shape if self._part is None else (*shape[: self._dim], len(self._part), *shape[self._dim + 1 :])
-
-    def is_floating_point(self) -> bool:
-        """As of a tensor."""
-        return self.dtype.is_floating_point
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        stored = self._stored
-        result = torch.empty(self.shape, dtype=self.dtype)
-        if not result.numel():
-            return result[index]
-        if self._part is None:
-            _read_into(result, stored.file, stored.start)
-        else:
-            num_stretches = math.prod(stored.shape[: self._dim])
-            stride = stored.num_bytes // num_stretches
-            start = stored.start + self._part.start * (stride // stored.shape[self._dim])
-            _read_into(result, stored.file, start, num_stretches, stride)
-        return result[index]
-
-
-class ReadWhenUsed:
-    """One expert's matrix in a file, on its way to be stacked: read by the first torch function that gets it.
-
-    transformers asks for the content of all tensors at once, before it stacks the first; were they read then, a rank
-    would need memory for its experts twice.
-    """
-
-    def __init__(self, stored: StoredSlice, device: Any = None, dtype: torch.dtype | None = None) -> None:
-        self._stored = stored
-        self._device, self._dtype = device, dtype or stored.dtype
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what will be read."""
-        return self._dtype
-
-    def is_floating_point(self) -> bool:
-        """As of a tensor."""
-        return self.dtype.is_floating_point
-
-    def __getitem__(self, index: Any) -> Any:
-        return self if index is Ellipsis else self.read()[index]
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "ReadWhenUsed":
-        """As of a tensor, but nothing is read yet."""
-        return ReadWhenUsed(self._stored, device or self._device, dtype or self._dtype)
-
-    def read(self) -> torch.Tensor:
-        """The tensor."""
-        return self._stored[...].to(device=self._device, dtype=self._dtype)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*_read(args), **_read(kwargs or {}))
-
-
-def _read(value: Any) -> Any:
-    """Arguments of a torch function, with everything read that had waited for it."""
-    if isinstance(value, ReadWhenUsed):
-        return value.read()
-    if isinstance(value, list | tuple):
-        return type(value)(_read(each) for each in value)
-    return {key: _read(each) for key, each in value.items()} if isinstance(value, dict) else value
+    experts: Share = Share(rank=0, size=1)
+    tensors: Share = Share(rank=0, size=1)
 
 
 def slices_here(folder: Path, config: Mapping[str, Any], mesh: DeviceMesh) -> RankSlices | None:
@@ -206,7 +105,7 @@ def why_whole(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def load_slice(
-    family: Family, folder: Path, config: Any, here: RankSlices, **arguments: Any
+    family: Family, folder: Path, config: Any, here: RankSlices, fp8: Fp8 | None = None, **arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
     """What ``from_pretrained`` gives, with this rank's experts and slices only. What modules say of themselves, as
     ``num_experts`` or ``out_features``, still is of the whole.
@@ -216,20 +115,22 @@ def load_slice(
         folder: of the checkpoint, in safetensors.
         config: transformers' config.
         here: which of them.
+        fp8: how its matrices are quantized; None for plain ones.
         **arguments: for ``from_pretrained``; with ``output_loading_info``.
 
     Returns:
         The model, and what is missing, unexpected or of another shape.
 
     Raises:
-        ValueError: a damaged file, missing experts, experts that cannot be shared out equally, another number of them
-            than the config says, or what `check_tensor_parallel` refuses. No tensor was read then.
+        ValueError: a damaged file, missing experts or scales, experts that cannot be shared out equally, another
+            number of them than the config says, or what `check_tensor_parallel` refuses. No tensor was read then.
 
     Note: memory of the process is that of the slice and of what transformers needs to stack one layer's.
     """
     from transformers import GenerationConfig
 
-    stored = read_checkpoint(folder)
+    files = read_checkpoint(folder)
+    stored = StoredTensors(folder=folder, tensors=files.tensors) if fp8 is None else fp8.tensors(files)
     tensors, counts = _slice_experts(stored, here.experts)
 
     def cut(model: Any) -> None:
@@ -254,9 +155,7 @@ def load_slice(
     return model, info
 
 
-def _slice_experts(
-    stored: StoredCheckpoint, here: Share
-) -> tuple[dict[str, StoredSlice | ReadWhenUsed], dict[str, int]]:
+def _slice_experts(stored: StoredTensors, here: Share) -> tuple[dict[str, StoredSlice | ReadWhenUsed], dict[str, int]]:
     """Every tensor, of experts this rank's only; and how many experts each MoE has in the checkpoint."""
     one, all_of = {}, {}
     found: dict[str, dict[str, set[int]]] = {}
@@ -272,15 +171,15 @@ def _slice_experts(
     }
     _refuse_absent(stored.folder, found, counts)
     slices: dict[str, StoredSlice | ReadWhenUsed] = {}
-    for name, tensor in stored.tensors.items():
+    for name in stored.tensors:
         if name in one:
             mine = here.of(counts[one[name]["experts"]], "experts")
             if int(one[name]["number"]) in mine:
-                slices[name] = ReadWhenUsed(StoredSlice(tensor))
+                slices[name] = ReadWhenUsed(stored.slice(name))
         elif name in all_of:
-            slices[name] = StoredSlice(tensor, here.of(counts[all_of[name]["experts"]], "experts"))
+            slices[name] = stored.slice(name, here.of(counts[all_of[name]["experts"]], "experts"))
         else:
-            slices[name] = StoredSlice(tensor)
+            slices[name] = stored.slice(name)
     return slices, counts
 
 
@@ -299,7 +198,7 @@ def _refuse_absent(folder: Path, found: Mapping[str, Mapping[str, set[int]]], co
         )
 
 
-def _slice_tensors(model: Any, family: Family, stored: StoredCheckpoint, here: Share) -> dict[str, StoredSlice]:
+def _slice_tensors(model: Any, family: Family, stored: StoredTensors, here: Share) -> dict[str, StoredSlice]:
     """Cut the parameters of a model that has no memory yet as tensor parallelism does. Returns their parts of files.
 
     Raises:
@@ -318,7 +217,7 @@ def _slice_tensors(model: Any, family: Family, stored: StoredCheckpoint, here: S
                 f"load {stored.folder}: mismatched tensors: {tensor.name} has shape {tensor.shape} instead of "
                 f"{shapes[name]}; the checkpoint does not fit its config"
             )
-        slices[tensor.name] = StoredSlice(tensor, here.of(tensor.shape[dim]), dim)
+        slices[tensor.name] = stored.slice(tensor.name, here.of(tensor.shape[dim]), dim)
     return slices
 
 
@@ -345,22 +244,6 @@ def _cut_experts(experts: nn.Module, here: Share, stored_counts: set[int]) -> No
     for name, parameter in list(experts.named_parameters(recurse=False)):
         part = torch.empty((local, *parameter.shape[1:]), dtype=parameter.dtype, device=parameter.device)
         setattr(experts, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
-
-
-def _read_into(tensor: torch.Tensor, file: Path, start: int, num_stretches: int = 1, stride: int = 0) -> None:
-    """Fill a contiguous tensor from equal stretches of a file, `stride` bytes from one start to the next. One that
-    became shorter since its header was read is an error."""
-    bytes_of_tensor: Any = tensor.flatten().view(torch.uint8).numpy()
-    stretch = bytes_of_tensor.nbytes // num_stretches
-    with open(file, "rb", buffering=0) as source:
-        for number in range(num_stretches):
-            content = memoryview(bytes_of_tensor)[number * stretch : (number + 1) * stretch]
-            place = start + number * stride
-            while content:
-                count = os.preadv(source.fileno(), [content], place)
-                if count == 0:
-                    raise ValueError(f"{file}: it ends where a tensor should be; the file is incomplete, copy it again")
-                content, place = content[count:], place + count
 
 
 def _warn(mesh: DeviceMesh, message: str) -> None:

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import farskip
-from farskip.models import rank_slices
+from farskip.models import stored_slice
 from farskip.models.attach import attachment_of
 from farskip.models.checkpoint_files import StoredCheckpoint, read_checkpoint
-from farskip.models.rank_slices import ReadWhenUsed, Share, StoredSlice, why_whole
+from farskip.models.rank_slices import Share, why_whole
+from farskip.models.stored_slice import ReadWhenUsed, StoredSlice
 from farskip.models.testing_families import CASES, FAMILIES, build, is_dense
 from farskip.models.testing_models import token_ids
 from farskip.parallel.mesh import build_mesh
@@ -347,13 +348,13 @@ def test_an_experts_matrix_is_read_when_it_is_used(tmp_path: Path, monkeypatch: 
     matrices = [torch.rand(3, 2), torch.rand(3, 2)]
     save_file({str(number): matrix for number, matrix in enumerate(matrices)}, tmp_path / "model.safetensors")
     stored, reads = read_checkpoint(tmp_path).tensors, []
-    read_into = rank_slices._read_into
+    read_into = stored_slice._read_into
 
     def noted(*arguments: Any) -> None:
         reads.append(arguments)
         read_into(*arguments)
 
-    monkeypatch.setattr(rank_slices, "_read_into", noted)
+    monkeypatch.setattr(stored_slice, "_read_into", noted)
     waiting: list[Any] = [ReadWhenUsed(StoredSlice(stored[name]))[...].to("cpu", torch.bfloat16) for name in ("0", "1")]
     assert waiting[0].dtype == torch.bfloat16 and waiting[0].is_floating_point() and not reads
     assert_equal_bits(torch.stack(waiting, dim=1), torch.stack(matrices, dim=1).bfloat16())

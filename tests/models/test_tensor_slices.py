@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 
 import farskip
-from farskip.models import rank_slices
+from farskip.models import stored_slice
 from farskip.models.attach import attachment_of
 from farskip.models.checkpoint_files import read_checkpoint
-from farskip.models.rank_slices import Share, StoredSlice
+from farskip.models.rank_slices import Share
+from farskip.models.stored_slice import StoredSlice
 from farskip.models.testing_families import CASES as ALL_CASES
 from farskip.models.testing_families import is_dense
 from farskip.models.testing_models import token_ids
@@ -194,19 +195,19 @@ def test_mtp_heads_are_not_cut(rank_pool: "RankPool", tmp_path: Path) -> None:
 
 def refused_unread(folder: str, tp: int, beside: bool = False) -> str:
     """What `load` says, which may have read headers only."""
-    read_into, reads = rank_slices._read_into, []
+    read_into, reads = stored_slice._read_into, []
 
     def noted(*arguments: Any) -> None:
         reads.append(arguments)
         read_into(*arguments)
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp")) if beside else build_mesh(1, tp=tp)
-    rank_slices._read_into = noted  # type: ignore[assignment]
+    stored_slice._read_into = noted  # type: ignore[assignment]
     try:
         with pytest.raises(ValueError) as caught:
             farskip.load(folder, mesh=mesh)
     finally:
-        rank_slices._read_into = read_into
+        stored_slice._read_into = read_into
     assert not reads and "\n" not in str(caught.value)
     return str(caught.value)
 
