@@ -16,6 +16,7 @@ from farskip.launch.bench_tensor import RealTensorModels, TimedTensorModels, ten
 from farskip.launch.bench_variants import Kind, RealModels, TimedModels, Variant, kinds
 from farskip.launch.ranks import Ranks
 from farskip.parallel.collectives import ProcessGroupLink
+from farskip.parallel.duplex_link import real_link
 from farskip.parallel.emulated_link import EmulatedLink
 from farskip.parallel.local_copy import LocalCopyLink
 from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, build_mesh
@@ -42,7 +43,8 @@ class Bench:
         self._say = say
         self._run_queue = RunQueue()
         self._is_tensor = config.parallel is Parallelism.tensor
-        self._mesh = build_mesh(1, tp=config.hosts) if self._is_tensor else build_mesh(config.hosts)
+        ep, tp = (1, config.hosts) if self._is_tensor else (config.hosts, 1)
+        self._mesh = build_mesh(ep, tp=tp, timeout=ranks.timeout)
         group = axis_group(self._mesh, TP_AXIS if self._is_tensor else EP_AXIS)
         self._link: ProcessGroupLink = (
             EmulatedLink(
@@ -51,7 +53,7 @@ class Bench:
                 latency_us=config.emulated.latency_us,
             )
             if config.link == "emulated"
-            else ProcessGroupLink(group)
+            else real_link(group, timeout=ranks.timeout)
         )
         self._no_link = LocalCopyLink(group)
         self._models = self._build_models()

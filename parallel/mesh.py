@@ -9,20 +9,25 @@ Neighbors in ``tp`` see the same tokens; all other ranks are data-parallel. Expe
 so ``ep`` is the two last axes together, and ``data``, the ranks with other tokens, the two first.
 """
 
+from datetime import timedelta
+
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 EP_AXIS, REPLICA_AXIS, TP_AXIS, EP_GROUPS_AXIS, DATA_AXIS = "ep", "replica", "tp", "ep_groups", "data"
 _TOGETHER = {EP_AXIS: (EP_GROUPS_AXIS, TP_AXIS), DATA_AXIS: (REPLICA_AXIS, EP_GROUPS_AXIS)}
 
 
-def build_mesh(ep: int, device_type: str = "cpu", *, tp: int = 1) -> DeviceMesh:
+def build_mesh(ep: int, device_type: str = "cpu", *, tp: int = 1, timeout: timedelta | None = None) -> DeviceMesh:
     """The mesh of the ranks of the default process group, which has to be initialized.
 
     Args:
         ep: over how many neighboring ranks the experts of a layer are spread.
         device_type: ``cpu`` or ``cuda``.
         tp: over how many neighboring ranks attention, dense MLPs and shared experts are cut.
+        timeout: how long an exchange waits for a rank that does not answer. None leaves torch's own: under gloo half an
+            hour, whatever the default process group has.
 
     Returns:
         A mesh with the axes of the module's table.
@@ -36,19 +41,23 @@ def build_mesh(ep: int, device_type: str = "cpu", *, tp: int = 1) -> DeviceMesh:
     if tp < 1 or world % tp:
         raise ValueError(f"tp={tp} does not divide {world} ranks: choose a divisor of {world}")
     if tp == 1:
-        return init_device_mesh(device_type, (world // ep, ep), mesh_dim_names=(REPLICA_AXIS, EP_AXIS))
-    if ep == 1:
-        return init_device_mesh(device_type, (world // tp, tp), mesh_dim_names=(REPLICA_AXIS, TP_AXIS))
-    if ep % tp:
+        mesh = init_device_mesh(device_type, (world // ep, ep), mesh_dim_names=(REPLICA_AXIS, EP_AXIS))
+    elif ep == 1:
+        mesh = init_device_mesh(device_type, (world // tp, tp), mesh_dim_names=(REPLICA_AXIS, TP_AXIS))
+    elif ep % tp:
         raise ValueError(
             f"ep={ep} is not a multiple of tp={tp}: experts are spread over whole tensor-parallel groups; choose ep=1 "
             f"or a multiple of {tp}"
         )
-    mesh = init_device_mesh(
-        device_type, (world // ep, ep // tp, tp), mesh_dim_names=(REPLICA_AXIS, EP_GROUPS_AXIS, TP_AXIS)
-    )
-    for name, axes in _TOGETHER.items():
-        mesh[axes]._flatten(name)
+    else:
+        mesh = init_device_mesh(
+            device_type, (world // ep, ep // tp, tp), mesh_dim_names=(REPLICA_AXIS, EP_GROUPS_AXIS, TP_AXIS)
+        )
+        for name, axes in _TOGETHER.items():
+            mesh[axes]._flatten(name)
+    if timeout is not None:
+        for axis in {*(mesh.mesh_dim_names or ()), *(_TOGETHER if ep > 1 and tp > 1 else ())}:
+            _set_pg_timeout(timeout, mesh.get_group(axis))
     return mesh
 
 

@@ -1,0 +1,74 @@
+"""gloo's all-to-all, both directions at once.
+
+gloo carries an all-to-all of two ranks often one direction after the other, whenever the ranks do not begin at the same
+moment: it then takes twice as long as the link needs. Here rows to higher ranks and rows to lower ones are two
+all-to-alls in process groups of their own, so each direction has connections to itself.
+
+Measured over a veth pair of 500 Mbit/s, 1.3 MB each way, one of two ranks up to 10 ms late: 40 ms in one all-to-all, 23
+to 25 ms in two.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from farskip.parallel.collectives import ProcessGroupLink
+from farskip.pending import Work
+
+
+def real_link(group: dist.ProcessGroup, *, timeout: timedelta | None = None) -> ProcessGroupLink:
+    """The link of a process group: a `DuplexGlooLink` under gloo. Then making it is a collective of the group."""
+    return DuplexGlooLink(group, timeout=timeout) if dist.get_backend(group) == "gloo" else ProcessGroupLink(group)
+
+
+class DuplexGlooLink(ProcessGroupLink):
+    """The link of a gloo process group. Making one is a collective of the group.
+
+    Args:
+        group: the process group; the default group if None.
+        timeout: how long an exchange waits for a rank that does not answer; None for torch's own.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, timeout: timedelta | None = None) -> None:
+        super().__init__(group)
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self._up, self._down = (
+            dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True) for _ in range(2)
+        )
+
+    def all_to_all(
+        self,
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+    ) -> Work:
+        """See `Link.all_to_all`."""
+        here = self.rank
+        sent = tensor.split([sum(input_splits[:here]), input_splits[here], sum(input_splits[here + 1 :])])
+        received = output.split([sum(output_splits[:here]), output_splits[here], sum(output_splits[here + 1 :])])
+        higher, lower = [0] * (here + 1), [0] * (self.size - here)
+        directions = (
+            (self._up, received[0], sent[2], [*output_splits[:here], *lower], [*higher, *input_splits[here + 1 :]]),
+            (self._down, received[2], sent[0], [*higher, *output_splits[here + 1 :]], [*input_splits[:here], *lower]),
+        )
+        works = [
+            dist.all_to_all_single(into, out_of, output_sizes, input_sizes, group=group, async_op=True)
+            for group, into, out_of, output_sizes, input_sizes in directions
+        ]
+        received[1].copy_(sent[1])
+        return _Both(works)
+
+
+class _Both:
+    """Done when all of them are."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = works
+
+    def wait(self) -> object:
+        for work in self._works:
+            work.wait()
+        return None
