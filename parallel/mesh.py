@@ -78,6 +78,17 @@ def axis_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
     return mesh.get_group(axes[0] if len(axes) == 1 else axis)
 
 
+def another_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
+    """A new process group of the ranks along an axis of the mesh, whose collectives wait for none of the axis's own.
+
+    A collective over all ranks, which have to be those of the mesh.
+    """
+    place = (mesh.mesh_dim_names or ()).index(axis)
+    groups = mesh.mesh.movedim(place, -1).reshape(-1, mesh.size(place)).tolist()
+    mine, _ = dist.new_subgroups_by_enumeration(groups)
+    return mine
+
+
 def check_mesh(mesh: DeviceMesh) -> None:
     """Refuse a mesh whose axes this project would read otherwise than its maker meant.
 

@@ -7,7 +7,7 @@ import torch
 
 from farskip.parallel.tensor_parallel import TensorParallelRanks
 from farskip.parallel.testing_links import FakeLink, at_wait
-from farskip.reduction_autograd import GradientSum, enter, fill, join, tap
+from farskip.reduction_autograd import GradientSum, enter, fill, join, sum_over_ranks, tap
 from farskip.testing import assert_equal_bits
 
 
@@ -132,3 +132,15 @@ def test_without_gradients_there_is_nothing_between() -> None:
     assert tap(x, gradients, 0) is x and enter(x, gradients) is x
     with torch.no_grad():
         assert tap(x.requires_grad_(), gradients, 0) is x
+
+
+def test_a_sum_inside_a_sub_block_is_waited_for_where_it_stands() -> None:
+    """In both directions; what it sums is not changed in place, because others may read it."""
+    link, x = FakeLink(at_wait), torch.tensor([1.0, 2.0], requires_grad=True)
+    squares, upstream = x * x, torch.tensor([3.0, 5.0])
+    summed_squares = sum_over_ranks(squares, TensorParallelRanks(link))
+    assert torch.equal(summed_squares, torch.tensor([1.0, 4.0])) and not link.in_flight
+    assert summed_squares.data_ptr() != squares.data_ptr()
+    summed_squares.backward(upstream)
+    assert torch.equal(upstream, torch.tensor([3.0, 5.0])) and link.num_exchanges == 2 and not link.in_flight
+    assert x.grad is not None and torch.equal(x.grad, torch.tensor([6.0, 20.0]))
