@@ -5,6 +5,7 @@ The tensor-parallel half of the parity grid; the expert-parallel half is test_ex
 
 import copy
 import itertools
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -283,6 +284,21 @@ def test_a_parallel_model_is_saved_whole_and_loaded_in_slices(
     rank_pool.run(whole_state_comes_back, setting.world, str(tmp_path / "model"), setting)
 
 
+def state_of_the_first_rank() -> tuple[int, int]:
+    setting = Setting(case="deepseek_v3", ep=2, wiring="farskip")
+    whole = base_model(setting)
+    state = full_state_dict(parallelize(copy.deepcopy(whole), build_mesh(2, tp=2)), first_rank_only=True)
+    if dist.get_rank() == 0:
+        assert_equal_bits(state, dict(whole.state_dict()))
+    return len(state), len(whole.state_dict())
+
+
+def test_the_whole_state_for_the_first_rank_only(rank_pool: "RankPool") -> None:
+    """The others gather with it, and hold nothing of it."""
+    (first, num_tensors), (second, _) = rank_pool.run(state_of_the_first_rank, 2)
+    assert (first, second) == (num_tensors, 0)
+
+
 def rewired_afterwards() -> None:
     setting, mesh, ids = Setting(case="qwen3"), build_mesh(1, tp=2), token_ids(2, 5)
     late = rewire(parallelize(base_model(Setting(case="qwen3", wiring="ordinary")), mesh), "ladder")
@@ -363,12 +379,13 @@ def test_low_precision(kind: str, case: str, ep: int, rank_pool: "RankPool") -> 
 
 
 def frozen_parts(frozen: str, case: str) -> None:
-    """What stands behind frozen parameters gets the gradients of one rank, and nobody waits for the others."""
+    """What stands behind frozen parameters (their names are found by an expression) gets the gradients of one rank, and
+    nobody waits for the others."""
     setting, ids, found = Setting(case=case), token_ids(2, 7), []
     for mode in ("serial", "overlapped", None):
         model = base_model(setting)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not any(part in name for part in frozen.split()))
+            parameter.requires_grad_(re.search(frozen, name) is None)
         mesh = build_mesh(1, tp=2)
         if mode is not None:
             parallelize(model, mesh, mode, tensor_link=LateLink(axis_group(mesh, TP_AXIS)))
@@ -394,10 +411,13 @@ def frozen_parts(frozen: str, case: str) -> None:
     ("frozen", "case"),
     [
         ("embed_tokens", "qwen3"),
-        ("embed_tokens layers.0 layers.1", "qwen3"),
+        (r"embed_tokens|layers\.[01]", "qwen3"),
         ("mlp", "qwen3"),
-        ("self_attn layernorm", "qwen3"),
-        ("embed_tokens q_proj k_proj input_layernorm", "olmoe"),  # what the first norms over heads read is frozen
+        ("self_attn|layernorm", "qwen3"),
+        ("embed_tokens|q_proj|k_proj|input_layernorm", "olmoe"),  # what the first norms over heads read is frozen
+        (r"^(?!.*bias$)", "gpt_oss"),  # all but biases
+        (r"^(?!.*o_proj\.bias$)", "gpt_oss"),  # the first rank adds it, and others need to know of its gradient
+        (r"^(?!.*_proj\.bias$)", "llama-biased-tied"),
     ],
 )
 def test_frozen_parts_keep_nobody_waiting(frozen: str, case: str, rank_pool: "RankPool") -> None:
