@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from farskip.executor import Executor
 from farskip.models.attach import attach, attachment_of, layers_of
 from farskip.models.family import family_of_model
+from farskip.models.forward_guards import ForwardGuards
 from farskip.models.hf_layer import HFSubBlocks
 from farskip.models.kernels import dispatcher_backend, setting_of
 from farskip.models.sliced_norm import spread_norms
@@ -104,6 +105,11 @@ def parallelize(
         norms = head_norms(model, family)
         if norms:
             spread_norms(norms, TensorParallelRanks(tensor_link.over(another_group(mesh, TP_AXIS))))
+    attachment.guards = ForwardGuards(
+        model,
+        [*attachment.sharded_experts, *attachment.tensor_layout.sharded],
+        axis_group(mesh, TP_AXIS) if tensor_parallel is not None else None,
+    )
     return model
 
 
