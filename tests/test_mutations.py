@@ -217,6 +217,13 @@ MUTATIONS = [
         "pass",
         Catch(PENDING, "test_what_is_sent_lives_until_it_is_waited_for_and_no_longer"),
     ),
+    Mutation(
+        "the buffer of an all-reduce is not kept",
+        _PARALLEL + "tensor_parallel:TensorParallelRanks.all_reduce",
+        "Pending(tensor, ",
+        "Pending(tensor.clone(), ",
+        reduced(),
+    ),
     # fan-out, one value at a time
     Mutation(
         "no fan-out of the full stream",
