@@ -800,6 +800,13 @@ MUTATIONS = [
         "2 * x32_BSH.pow(2).sum(-1, keepdim=True)",
         tensor_point(case="olmoe"),
     ),
+    Mutation(
+        "norms over all heads queue behind the schedule's all-reduces",
+        _MODELS + "parallelize:parallelize",
+        "another_group(mesh, TP_AXIS)",
+        "axis_group(mesh, TP_AXIS)",
+        Catch("models/test_sliced_norm.py", "norms_beside_what_is_in_flight", (), 2),
+    ),
     # balance, links, simulator
     Mutation(
         "recomputation is counted",

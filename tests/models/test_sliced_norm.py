@@ -89,6 +89,26 @@ def test_the_norms_of_a_model_get_a_link_like_its_own(rank_pool: "RankPool") -> 
     rank_pool.run(norms_and_links, 2)
 
 
+def norms_beside_what_is_in_flight() -> None:
+    """One rank launches an all-reduce of the schedule before the norm, the other behind it."""
+    mesh, in_flight = build_mesh(1, tp=2), torch.full((3,), 10.0)
+    link = ProcessGroupLink(axis_group(mesh, TP_AXIS))
+    model = parallelize(build(CASES["olmoe"], num_hidden_layers=1), mesh, tensor_link=link)
+    norm, x_TH = model.model.layers[0].self_attn.q_norm, torch.ones(3, 16)
+    for rank in (0, 1):
+        if dist.get_rank() == rank:
+            work = link.all_reduce(in_flight)
+        if rank == 0:
+            normed_TH = norm(x_TH)
+    work.wait()
+    assert torch.equal(in_flight, torch.full((3,), 20.0))
+    assert_close(normed_TH.detach(), norm.weight.detach().expand(3, 16), max_error=1e-4)  # eps of 1e-5 beside 1
+
+
+def test_the_norms_do_not_queue_behind_the_schedule(rank_pool: "RankPool") -> None:
+    rank_pool.run(norms_beside_what_is_in_flight, 2)
+
+
 def groups(ep: int) -> tuple[list[int], bool]:
     mesh = build_mesh(ep, tp=2)
     group = another_group(mesh, TP_AXIS)
