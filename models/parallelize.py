@@ -50,7 +50,7 @@ def parallelize(
     Args:
         model: a transformers causal language model of a known family, whole and equal on all ranks.
         mesh: has an axis ``ep``, ``tp`` or both; see `farskip.parallel.mesh.build_mesh`. A collective over all its
-            ranks. The ranks of one ``tp`` group have to be given the same tokens.
+            ranks. The ranks of one ``tp`` group have to be given the same tokens; the first forward pass checks it.
         schedule: ``overlapped`` or ``serial``; both compute the same function, bit for bit.
         link: what carries the rows, over the ranks of ``ep``; torch.distributed's group if None.
         tensor_link: what carries the all-reduces, over the ranks of ``tp``; torch.distributed's group if None.
