@@ -11,6 +11,9 @@ of its input. The two are no mirrors: the first joins the stream behind the sub-
 
 A join is older than all that ran after the launch, so autograd runs that first: it is what the all-reduce hides under.
 
+    sum_over_ranks    inside a sub-block, for what has to be known of all slices at once: waited for where it stands, in
+                      both directions, and in no schedule.
+
 The norm's input gradient is linear in the gradient behind it, so it is reduced in front of the norm, and whatever has
 parameters between tap and partial output holds a part of their gradient, to be summed over the ranks.
 
@@ -118,6 +121,17 @@ def fill(joined: torch.Tensor, stream: torch.Tensor, summed: torch.Tensor) -> No
     torch.add(stream.detach(), summed, out=joined.detach())
 
 
+def sum_over_ranks(term: torch.Tensor, ranks: TensorParallel) -> torch.Tensor:
+    """The sum of a tensor over the ranks, and in backward the sum of its gradient: every rank goes on from the sum with
+    its own slices, so what comes back on each rank is a term of the gradient.
+
+    Args:
+        term: this rank's; has to need a gradient on all ranks or on none.
+        ranks: who sums. Over a group of its own, or it waits behind what is in flight.
+    """
+    return _SumOverRanks.apply(term, ranks)
+
+
 def _added(gradient: torch.Tensor | None, gradients: GradientSum | None) -> torch.Tensor | None:
     """The gradient of the stream behind a point plus that of its readers, in this order."""
     from_readers = gradients.take() if gradients is not None else None
@@ -165,3 +179,15 @@ class _Join(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         total = _added(gradient, ctx.gradients)
         return total, total, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, term: torch.Tensor, ranks: TensorParallel) -> torch.Tensor:
+        ctx.ranks = ranks
+        return ranks.all_reduce(term.clone(memory_format=torch.contiguous_format)).wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.ranks.all_reduce(gradient.clone(memory_format=torch.contiguous_format)).wait(), None

@@ -43,8 +43,7 @@ class Bench:
         self._say = say
         self._run_queue = RunQueue()
         self._is_tensor = config.parallel is Parallelism.tensor
-        ep, tp = (1, config.hosts) if self._is_tensor else (config.hosts, 1)
-        self._mesh = build_mesh(ep, tp=tp, timeout=ranks.timeout)
+        self._mesh = build_mesh(1, tp=config.hosts) if self._is_tensor else build_mesh(config.hosts)
         group = axis_group(self._mesh, TP_AXIS if self._is_tensor else EP_AXIS)
         self._link: ProcessGroupLink = (
             EmulatedLink(
@@ -53,7 +52,7 @@ class Bench:
                 latency_us=config.emulated.latency_us,
             )
             if config.link == "emulated"
-            else real_link(group, timeout=ranks.timeout)
+            else real_link(group)
         )
         self._no_link = LocalCopyLink(group)
         self._models = self._build_models()

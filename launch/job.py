@@ -86,8 +86,7 @@ def build_job_mesh(parallel: ParallelConfig, ranks: Ranks) -> DeviceMesh | None:
         if parallel.ep > 1:
             raise ValueError(f"parallel.ep={parallel.ep} needs as many ranks: start with torchrun --nproc-per-node")
         return None
-    device_type = ranks.device.partition(":")[0]
-    return build_mesh(parallel.ep or ranks.world_size, device_type, tp=parallel.tp, timeout=ranks.timeout)
+    return build_mesh(parallel.ep or ranks.world_size, ranks.device.partition(":")[0], tp=parallel.tp)
 
 
 def prepare(
@@ -106,7 +105,7 @@ def prepare(
     if attachment_of(model) is None:
         rewire(model, wiring_of(model))
     if mesh is not None:
-        link, tensor_link = (build_link(parallel.link, mesh, axis, ranks) for axis in (EP_AXIS, TP_AXIS))
+        link, tensor_link = (build_link(parallel.link, mesh, axis) for axis in (EP_AXIS, TP_AXIS))
         parallelize(
             model,
             mesh,
@@ -158,14 +157,14 @@ def _checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def build_link(config: LinkConfig, mesh: DeviceMesh, axis: str, ranks: Ranks) -> ProcessGroupLink | None:
+def build_link(config: LinkConfig, mesh: DeviceMesh, axis: str) -> ProcessGroupLink | None:
     """The link over the ranks of an axis; None where there is but one."""
     if axis_size(mesh, axis) == 1:
         return None
     group = axis_group(mesh, axis)
     if config.kind is LinkKind.emulated:
         return EmulatedLink(group, bandwidth_gbit_s=config.bandwidth_gbit_s, latency_us=config.latency_us)
-    return real_link(group, timeout=ranks.timeout)
+    return real_link(group)
 
 
 def parse_layers(layers: str) -> str | Sequence[int]:

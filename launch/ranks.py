@@ -41,13 +41,11 @@ class Ranks:
         rank: 0 .. world_size-1.
         world_size: number of ranks.
         device: ``cpu`` or ``cuda:<n>``.
-        timeout: how long an exchange waits for a rank that does not answer; None for torch's own.
     """
 
     rank: int
     world_size: int
     device: str
-    timeout: timedelta | None = None
 
 
 @contextmanager
@@ -106,7 +104,7 @@ def _process_group(
         "nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
     )
     try:
-        yield Ranks(rank=rank, world_size=world_size, device=device, timeout=timeout)
+        yield Ranks(rank=rank, world_size=world_size, device=device)
         _leave_together(store, rank, world_size)
     finally:
         # Without this the process can abort at exit.

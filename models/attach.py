@@ -12,7 +12,7 @@ Refused, because it would silently compute something else: hidden states that ar
 that are called in another order or number, or outside the model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,9 @@ from farskip.schedule import Segment, even_segments
 
 _SHIM = "_farskip_shim"
 
+BeforeForward = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+"""Called with the backbone and what it is called with; raises on what must not be computed."""
+
 
 class Attachment:
     """The executor of one model, and the state of the forward pass that is under way.
@@ -36,6 +39,7 @@ class Attachment:
         executor: runs the segments.
         checkpoint_layers: layers per recomputed segment when gradient checkpointing is on.
         recomputes_stages: whether stages keep only their inputs; survives a new executor.
+        guards: called in front of every forward pass of a parallel model.
     """
 
     def __init__(self, model: Any, executor: Executor) -> None:
@@ -45,6 +49,7 @@ class Attachment:
         self.sharded_experts: tuple[str, ...] = ()
         self.tensor_layout = TensorLayout()
         self.mesh: Any = None
+        self.guards: BeforeForward | None = None
         self._config: Any = backbone_of(model).config
         self._captures = False
         self._in_backbone = False
@@ -52,6 +57,8 @@ class Attachment:
 
     def before_backbone(self, backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the backbone: is somebody going to read the layers' outputs?"""
+        if self.guards is not None:
+            self.guards(backbone, args, kwargs)
         layers = list(backbone.layers)[: self._config.num_hidden_layers]
         if len(layers) != self.executor.num_layers:
             raise RuntimeError(

@@ -58,7 +58,8 @@ class Family:
             experts, from the experts' module; None, or returning None: it is another gate.
         packed_masks: makes the attention masks of a packed batch from (config, embeddings [B, S, D], position ids
             [B, S]), where the family's own forward does not cut attention at the documents' ends; None: it does.
-        tensor_plan: what the config's tensor-parallel plan leaves out (`farskip.models.tensor_parallel`).
+        tensor_plan: what the config's tensor-parallel plan leaves out or does otherwise
+            (`farskip.models.tensor_parallel`).
     """
 
     model_type: str

@@ -17,13 +17,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from farskip.executor import Executor
 from farskip.models.attach import attach, attachment_of, layers_of
 from farskip.models.family import family_of_model
+from farskip.models.forward_guards import ForwardGuards
 from farskip.models.hf_layer import HFSubBlocks
 from farskip.models.kernels import dispatcher_backend, setting_of
+from farskip.models.sliced_norm import spread_norms
 from farskip.models.surgery import wiring_of
-from farskip.models.tensor_parallel import check_tensor_parallel, cut_tensors
+from farskip.models.tensor_parallel import check_tensor_parallel, cut_tensors, head_norms
 from farskip.parallel.collectives import ProcessGroupLink
 from farskip.parallel.dispatcher import AllToAllDispatcher
-from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, axis_size, check_mesh
+from farskip.parallel.mesh import EP_AXIS, TP_AXIS, another_group, axis_group, axis_size, check_mesh
 from farskip.parallel.tensor_parallel import TensorParallelRanks, gather_slices
 from farskip.simulator import StageTimes
 from farskip.stage_timer import StageTimer
@@ -48,7 +50,7 @@ def parallelize(
     Args:
         model: a transformers causal language model of a known family, whole and equal on all ranks.
         mesh: has an axis ``ep``, ``tp`` or both; see `farskip.parallel.mesh.build_mesh`. A collective over all its
-            ranks. The ranks of one ``tp`` group have to be given the same tokens.
+            ranks. The ranks of one ``tp`` group have to be given the same tokens; the first forward pass checks it.
         schedule: ``overlapped`` or ``serial``; both compute the same function, bit for bit.
         link: what carries the rows, over the ranks of ``ep``; torch.distributed's group if None.
         tensor_link: what carries the all-reduces, over the ranks of ``tp``; torch.distributed's group if None.
@@ -82,7 +84,8 @@ def parallelize(
     if axis_size(mesh, TP_AXIS) > 1:
         if not already_cut:
             check_tensor_parallel(model, family, blocks, axis_size(mesh, TP_AXIS))
-        tensor_parallel = TensorParallelRanks(tensor_link or ProcessGroupLink(axis_group(mesh, TP_AXIS)))
+        tensor_link = tensor_link or ProcessGroupLink(axis_group(mesh, TP_AXIS))
+        tensor_parallel = TensorParallelRanks(tensor_link)
     _refuse_disagreement({"wiring": wiring.to_dict(), "chunks": chunks, "capacity": capacity})
     mode, times = _agree((schedule, times))
     executor = Executor(blocks, wiring, dispatcher=dispatcher, tensor_parallel=tensor_parallel, mode=mode, times=times)
@@ -96,8 +99,17 @@ def parallelize(
             model, blocks, dispatcher.link.rank, dispatcher.link.size, cut=already_cut
         )
     if tensor_parallel is not None:
+        assert tensor_link is not None
         layout = cut_tensors(model, family, tensor_parallel.rank, tensor_parallel.size, already_cut=already_cut)
         attachment.tensor_layout = layout.without(attachment.sharded_experts)
+        norms = head_norms(model, family)
+        if norms:
+            spread_norms(norms, TensorParallelRanks(tensor_link.over(another_group(mesh, TP_AXIS))))
+    attachment.guards = ForwardGuards(
+        model,
+        [*attachment.sharded_experts, *attachment.tensor_layout.sharded],
+        axis_group(mesh, TP_AXIS) if tensor_parallel is not None else None,
+    )
     return model
 
 

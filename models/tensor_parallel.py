@@ -6,6 +6,8 @@ below the backbone with ``*`` for a layer number, and what they are:
     colwise      a linear map of which each rank keeps a slice of the outputs
     rowwise      a linear map of which each rank keeps a slice of the inputs; its output is partial
     heads        a parameter with one entry per attention head
+    head_norm    an RMSNorm over all heads together, in front of which each rank has its slice of them
+                 (`farskip.models.sliced_norm`)
 
 Everything else of the plan, and all that it does not name, stays whole: routed experts (each rank takes its share of
 the tokens instead, see `farskip.executor`), routers, norms, the latent projections of latent attention. Parameters stay
@@ -26,7 +28,7 @@ from farskip.models.family import Family, backbone_of
 from farskip.models.hf_layer import HFSubBlocks
 from farskip.parallel.tensor_parallel import TensorLayout, slice_of
 
-_CUT = {"colwise": 0, "rowwise": 1, "heads": 0}
+_CUT = {"colwise": 0, "rowwise": 1, "heads": 0, "head_norm": 0}
 _GATHERS = ("colwise_gather_output", "rowwise_split_input")
 
 
@@ -127,6 +129,12 @@ def cut_tensors(model: Any, family: Family, rank: int, size: int, *, already_cut
     return TensorLayout(sharded=sharded, partial=frozenset(partial - sharded.keys()))
 
 
+def head_norms(model: Any, family: Family) -> list[nn.Module]:
+    """The norms that read all heads at once. Their weights are cut by `cut_tensors`; their sums are not spread yet."""
+    plan = _plan(model, family)
+    return [module for name, module in backbone_of(model).named_modules() if _style(plan, name) == "head_norm"]
+
+
 def _plan(model: Any, family: Family) -> dict[str, str]:
     return {**(getattr(model.config, "base_model_tp_plan", None) or {}), **family.tensor_plan}
 
@@ -147,7 +155,9 @@ def _to_cut(model: Any, plan: Mapping[str, str]) -> list[tuple[str, torch.Tensor
     for name, parameter in backbone.named_parameters():
         path, _, attribute = name.rpartition(".")
         style = _style(plan, path) or _style(plan, name)
-        if style not in _CUT or not (isinstance(backbone.get_submodule(path), nn.Linear) or style == "heads"):
+        if style not in _CUT or not (
+            isinstance(backbone.get_submodule(path), nn.Linear) or style in ("heads", "head_norm")
+        ):
             continue
         if attribute == "bias" and style == "rowwise":
             continue  # added once, by the first rank

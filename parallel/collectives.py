@@ -75,6 +75,15 @@ class ProcessGroupLink:
         """See `Link.all_reduce`."""
         return dist.all_reduce(tensor, group=self._group, async_op=True)
 
+    def over(self, group: dist.ProcessGroup) -> Self:
+        """A link of this kind over another group; one meter counts the waits for both."""
+        other = self._same_kind(group)
+        other.meter = self.meter
+        return other
+
+    def _same_kind(self, group: dist.ProcessGroup) -> Self:
+        return type(self)(group)
+
     def exchange_counts(self, counts: torch.Tensor) -> Pending:
         """See `Link.exchange_counts`."""
         received, one_row = torch.empty_like(counts), (1,) * self.size

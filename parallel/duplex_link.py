@@ -9,18 +9,18 @@ to 25 ms in two.
 """
 
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from farskip.parallel.collectives import ProcessGroupLink
+from farskip.parallel.mesh import timeout_of
 from farskip.pending import Work
 
 
-def real_link(group: dist.ProcessGroup, *, timeout: timedelta | None = None) -> ProcessGroupLink:
+def real_link(group: dist.ProcessGroup) -> ProcessGroupLink:
     """The link of a process group: a `DuplexGlooLink` under gloo. Then making it is a collective of the group."""
-    return DuplexGlooLink(group, timeout=timeout) if dist.get_backend(group) == "gloo" else ProcessGroupLink(group)
+    return DuplexGlooLink(group) if dist.get_backend(group) == "gloo" else ProcessGroupLink(group)
 
 
 class DuplexGlooLink(ProcessGroupLink):
@@ -28,12 +28,11 @@ class DuplexGlooLink(ProcessGroupLink):
 
     Args:
         group: the process group; the default group if None.
-        timeout: how long an exchange waits for a rank that does not answer; None for torch's own.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, timeout: timedelta | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         super().__init__(group)
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        ranks, timeout = dist.get_process_group_ranks(group), timeout_of(group)
         self._up, self._down = (
             dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True) for _ in range(2)
         )

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,10 @@ class EmulatedLink(ProcessGroupLink):
         ring_bytes = 2 * (self.size - 1) / self.size * tensor.nbytes
         self._jobs.put((paced, "all_reduce", ring_bytes / self._bytes_per_s + self._latency_s))
         return paced
+
+    def _same_kind(self, group: dist.ProcessGroup) -> Self:
+        """A wire of its own, as fast as this one."""
+        return type(self)(group, bandwidth_gbit_s=self._bytes_per_s * 8e-9, latency_us=self._latency_s * 1e6)
 
     def close(self) -> None:
         """End the helper thread."""

@@ -10,7 +10,9 @@ so ``ep`` is the two last axes together, and ``data``, the ranks with other toke
 """
 
 from datetime import timedelta
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -19,18 +21,17 @@ EP_AXIS, REPLICA_AXIS, TP_AXIS, EP_GROUPS_AXIS, DATA_AXIS = "ep", "replica", "tp
 _TOGETHER = {EP_AXIS: (EP_GROUPS_AXIS, TP_AXIS), DATA_AXIS: (REPLICA_AXIS, EP_GROUPS_AXIS)}
 
 
-def build_mesh(ep: int, device_type: str = "cpu", *, tp: int = 1, timeout: timedelta | None = None) -> DeviceMesh:
+def build_mesh(ep: int, device_type: str = "cpu", *, tp: int = 1) -> DeviceMesh:
     """The mesh of the ranks of the default process group, which has to be initialized.
 
     Args:
         ep: over how many neighboring ranks the experts of a layer are spread.
         device_type: ``cpu`` or ``cuda``.
         tp: over how many neighboring ranks attention, dense MLPs and shared experts are cut.
-        timeout: how long an exchange waits for a rank that does not answer. None leaves torch's own: under gloo half an
-            hour, whatever the default process group has.
 
     Returns:
-        A mesh with the axes of the module's table.
+        A mesh with the axes of the module's table. Its groups wait for a rank that does not answer as long as the
+        default group does; torch by itself gives new groups half an hour under gloo.
 
     Raises:
         ValueError: `ep` or `tp` does not divide the number of ranks, or `ep` would cut a tensor-parallel group.
@@ -55,9 +56,9 @@ def build_mesh(ep: int, device_type: str = "cpu", *, tp: int = 1, timeout: timed
         )
         for name, axes in _TOGETHER.items():
             mesh[axes]._flatten(name)
-    if timeout is not None:
-        for axis in {*(mesh.mesh_dim_names or ()), *(_TOGETHER if ep > 1 and tp > 1 else ())}:
-            _set_pg_timeout(timeout, mesh.get_group(axis))
+    timeout = timeout_of(None, device_type)
+    for axis in {*(mesh.mesh_dim_names or ()), *(_TOGETHER if ep > 1 and tp > 1 else ())}:
+        _set_pg_timeout(timeout, mesh.get_group(axis))
     return mesh
 
 
@@ -85,6 +86,26 @@ def axis_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
     if not axes:
         raise ValueError(f"mesh {mesh.mesh_dim_names} has no axis for {axis!r}; make it with build_mesh(ep, tp=...)")
     return mesh.get_group(axes[0] if len(axes) == 1 else axis)
+
+
+def another_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
+    """A new process group of the ranks along an axis of the mesh, whose collectives wait for none of the axis's own, but
+    as long as those for a rank that does not answer.
+
+    A collective over all ranks, which have to be those of the mesh.
+    """
+    place = (mesh.mesh_dim_names or ()).index(axis)
+    groups = mesh.mesh.movedim(place, -1).reshape(-1, mesh.size(place)).tolist()
+    timeout = timeout_of(mesh.get_group(axis), mesh.device_type)
+    mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout)
+    return mine
+
+
+def timeout_of(group: dist.ProcessGroup | None, device_type: str = "cpu") -> timedelta:
+    """How long collectives of a group, of the default group if None, wait for a rank that does not answer."""
+    whole: Any = group or dist.group.WORLD
+    timeout: timedelta = whole._get_backend(torch.device(device_type)).options._timeout
+    return timeout
 
 
 def check_mesh(mesh: DeviceMesh) -> None:

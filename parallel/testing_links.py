@@ -43,7 +43,8 @@ class FakeLink:
         delay: when an exchange arrives.
 
     Attributes:
-        lost: how many exchanges found that what they should send was gone: nobody kept it alive.
+        lost: how many exchanges found that what they should send, or where it should arrive, was gone: nobody kept it
+            alive.
         in_flight: exchanges that were launched and not delivered, oldest first.
         num_exchanges: how many were launched.
     """
@@ -105,17 +106,17 @@ class _Exchange:
         self, link: FakeLink, output: torch.Tensor, sent: Callable[[], torch.Tensor | None], ticks_left: int
     ) -> None:
         self._link = link
-        self._output = output
+        self._output = weakref.ref(output)
         self._sent = sent
         self.ticks_left = ticks_left
 
     def deliver(self) -> None:
         self._link.in_flight.remove(self)
-        sent = self._sent()
-        if sent is None:
+        sent, output = self._sent(), self._output()
+        if sent is None or output is None:
             self._link.lost += 1
         else:
-            self._output.copy_(sent)
+            output.copy_(sent)
 
     def wait(self) -> object:
         if self in self._link.in_flight:

@@ -217,6 +217,13 @@ MUTATIONS = [
         "pass",
         Catch(PENDING, "test_what_is_sent_lives_until_it_is_waited_for_and_no_longer"),
     ),
+    Mutation(
+        "the buffer of an all-reduce is not kept",
+        _PARALLEL + "tensor_parallel:TensorParallelRanks.all_reduce",
+        "Pending(tensor, ",
+        "Pending(tensor.clone(), ",
+        reduced(),
+    ),
     # fan-out, one value at a time
     Mutation(
         "no fan-out of the full stream",
@@ -615,6 +622,27 @@ MUTATIONS = [
         "if True:",
         BACKWARD_UNDER_WAY,
     ),
+    Mutation(
+        "a sum inside a sub-block is taken without a wait",
+        _CORE + "reduction_autograd:_SumOverRanks.forward",
+        ".wait()",
+        ".unfilled",
+        Catch(REDUCTION, "test_a_sum_inside_a_sub_block_is_waited_for_where_it_stands"),
+    ),
+    Mutation(
+        "its gradient is taken without a wait",
+        _CORE + "reduction_autograd:_SumOverRanks.backward",
+        ".wait()",
+        ".unfilled",
+        Catch(REDUCTION, "test_a_sum_inside_a_sub_block_is_waited_for_where_it_stands"),
+    ),
+    Mutation(
+        "its gradient is not summed",
+        _CORE + "reduction_autograd:_SumOverRanks.backward",
+        "ctx.ranks.all_reduce(gradient.clone(memory_format=torch.contiguous_format)).wait()",
+        "gradient",
+        tensor_point(case="olmoe"),
+    ),
     # tensor parallelism: taps and joins
     Mutation(
         "a tap hands its gradient to autograd too",
@@ -764,6 +792,20 @@ MUTATIONS = [
         "return total * ranks.rank // ranks.size, total * (ranks.rank + 1) // ranks.size, total",
         "return 0, total, total",
         tensor_point(case="qwen3_moe"),
+    ),
+    Mutation(
+        "a norm over all heads reads the rank's own",
+        _MODELS + "sliced_norm:SlicedRMSNorm.forward",
+        "self._sum(x32_BSH.pow(2).sum(-1, keepdim=True))",
+        "2 * x32_BSH.pow(2).sum(-1, keepdim=True)",
+        tensor_point(case="olmoe"),
+    ),
+    Mutation(
+        "norms over all heads queue behind the schedule's all-reduces",
+        _MODELS + "parallelize:parallelize",
+        "another_group(mesh, TP_AXIS)",
+        "axis_group(mesh, TP_AXIS)",
+        Catch("models/test_sliced_norm.py", "norms_beside_what_is_in_flight", (), 2),
     ),
     # balance, links, simulator
     Mutation(

@@ -80,7 +80,8 @@ class Run:
             for name, parameter in layer.parameters.items():
                 if parameter.grad is not None:
                     self.tensors[f"{name}.{index}"] = parameter.grad
-        assert not self.link.in_flight and not self.tensor_link.in_flight and not self.link.lost
+        for link in (self.link, self.tensor_link):
+            assert not link.in_flight and not link.lost
 
     def assert_equal_bits(self, other: "Run") -> None:
         assert self.tensors.keys() == other.tensors.keys()

@@ -7,7 +7,7 @@ import torch
 
 from farskip.parallel.tensor_parallel import TensorParallelRanks
 from farskip.parallel.testing_links import FakeLink, at_wait
-from farskip.reduction_autograd import GradientSum, enter, fill, join, tap
+from farskip.reduction_autograd import GradientSum, enter, fill, join, sum_over_ranks, tap
 from farskip.testing import assert_equal_bits
 
 
@@ -51,7 +51,7 @@ def test_the_last_tap_launches_and_the_join_waits(blocking: bool) -> None:
     (first * 2.0 + second * 3.0 + joined * 4.0).sum().backward()
     assert seen == [("second", 0), ("first", 0)], "nothing is launched before the last tap"
     assert log.seen == ["launch", "wait"] and link.num_exchanges == 1 and not link.in_flight
-    assert x.grad is not None and torch.equal(x.grad, torch.full((3,), 9.0))
+    assert x.grad is not None and torch.equal(x.grad, torch.full((3,), 9.0)) and not link.lost
 
 
 def test_what_was_created_after_the_join_runs_under_the_all_reduce() -> None:
@@ -80,7 +80,7 @@ def test_what_was_created_after_the_join_runs_under_the_all_reduce() -> None:
     assert in_flight == {"three": 0, "two": 1, "one": 0}
     # end = x + 2 x + 2 x + 2 (x + 2 x) = 11 x
     assert torch.equal(end, torch.full((3,), 11.0))
-    assert x.grad is not None and torch.equal(x.grad, torch.full((3,), 11.0))
+    assert x.grad is not None and torch.equal(x.grad, torch.full((3,), 11.0)) and not link.lost
 
 
 def test_gradients_of_taps_are_added_in_the_order_of_the_taps() -> None:
@@ -104,7 +104,7 @@ def test_a_tap_without_a_gradient_counts() -> None:
     assert total is not None and torch.equal(total, torch.ones(2)) and link.num_exchanges == 1
     gradients.arrive(0, None)
     gradients.arrive(1, None)
-    assert gradients.take() is None and link.num_exchanges == 1
+    assert gradients.take() is None and link.num_exchanges == 1 and not link.lost
 
 
 def test_a_tap_that_autograd_never_reached_keeps_nobody_waiting() -> None:
@@ -113,7 +113,7 @@ def test_a_tap_that_autograd_never_reached_keeps_nobody_waiting() -> None:
     gradients.arrive(0, torch.ones(2))
     assert link.num_exchanges == 0
     total = gradients.take()
-    assert total is not None and torch.equal(total, torch.ones(2)) and not link.in_flight
+    assert total is not None and torch.equal(total, torch.ones(2)) and not link.in_flight and not link.lost
 
 
 def test_a_sum_can_be_used_again() -> None:
@@ -132,3 +132,15 @@ def test_without_gradients_there_is_nothing_between() -> None:
     assert tap(x, gradients, 0) is x and enter(x, gradients) is x
     with torch.no_grad():
         assert tap(x.requires_grad_(), gradients, 0) is x
+
+
+def test_a_sum_inside_a_sub_block_is_waited_for_where_it_stands() -> None:
+    """In both directions; what it sums is not changed in place, because others may read it."""
+    link, x = FakeLink(at_wait), torch.tensor([1.0, 2.0], requires_grad=True)
+    squares, upstream = x * x, torch.tensor([3.0, 5.0])
+    summed_squares = sum_over_ranks(squares, TensorParallelRanks(link))
+    assert torch.equal(summed_squares, torch.tensor([1.0, 4.0])) and not link.in_flight
+    assert summed_squares.data_ptr() != squares.data_ptr()
+    summed_squares.backward(upstream)
+    assert torch.equal(upstream, torch.tensor([3.0, 5.0])) and link.num_exchanges == 2 and not link.in_flight
+    assert x.grad is not None and torch.equal(x.grad, torch.tensor([6.0, 20.0])) and not link.lost

@@ -85,6 +85,26 @@ def test_the_auxiliary_loss_counts_once_on_any_number_of_ranks(rank_pool: Any, w
     assert seen[1] == pytest.approx(seen[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("schedule", ["serial", "overlapped"])
+def test_balancing_is_the_same_under_tensor_parallelism(
+    schedule: str, rank_pool: Any, workshop: Any, tmp_path: Path
+) -> None:
+    """Each rank of a group routes its share of the same tokens; loads are counted over them, and no token twice."""
+    more = ["balance.bias_rate=0.01", "balance.aux_coefficient=1.0", "training.num_steps=3", "wiring.name=farskip"]
+    for name, num_ranks, words in (("one", 1, []), ("two", 2, ["parallel.tp=2", f"parallel.schedule={schedule}"])):
+        command = workshop.pretrain(tmp_path / name, *more, *words)[1:]
+        assert rank_pool.run(on_this_rank, num_ranks, "pretrain_job", command) == [None] * num_ranks
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    two, one = (metrics(tmp_path / name) for name in ("two", "one"))
+    for key in ("balance/aux_loss", "balance/max_load"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=2e-4), key
+    ours, theirs = (dict(farskip.load(tmp_path / name / "model").named_buffers()) for name in ("two", "one"))
+    biases = [name for name in theirs if name.endswith("e_score_correction_bias")]
+    assert biases and all(theirs[name].abs().max() > 0.005 for name in biases)
+    for name in biases:  # three steps of 0.01 up or down
+        assert (ours[name] - theirs[name]).abs().max() < 1e-6, name
+
+
 @pytest.mark.slow
 def test_four_ranks_in_two_groups(rank_pool: Any, workshop: Any, tmp_path: Path) -> None:
     one = workshop.pretrain(tmp_path / "one", "wiring.name=farskip", batch_size=4)[1:]
@@ -236,6 +256,40 @@ def test_sigterm_saves_on_all_ranks(
     assert "shutdown requested after step " in out
     assert error == ""
     assert not (tmp_path / "run" / "model").exists()
+    resume_for_two_steps(rank_pool, words, tmp_path / "run")
+
+
+def asked_at_a_look(words: list[str], asked: int, look: int) -> tuple[str | None, int]:
+    """Calls a job on a rank of the pool; one rank is asked to stop when the trainer looks for the `look`-th time. What
+    went wrong, and how often this rank looked."""
+    import torch.distributed as dist
+
+    from farskip.launch import job
+
+    class AskedAtALook(job.ShutdownRequest):
+        num_looks = 0
+
+        @property
+        def requested(self) -> bool:
+            AskedAtALook.num_looks += 1
+            return dist.get_rank() == asked and self.num_looks >= look
+
+    before, job.ShutdownRequest = job.ShutdownRequest, AskedAtALook  # type: ignore[misc]
+    try:
+        return on_this_rank("pretrain_job", words), AskedAtALook.num_looks
+    finally:
+        job.ShutdownRequest = before  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_ranks_that_share_tensors_stop_at_the_same_step(
+    asked: int, rank_pool: Any, workshop: Any, tmp_path: Path
+) -> None:
+    """Though only one of them was asked to: the other would wait for it in the next all-reduce."""
+    words = [*long_run(workshop, tmp_path / "run"), "training.checkpoint.every_steps=0", "parallel.tp=2"]
+    assert rank_pool.run(asked_at_a_look, 2, words, asked, 2, timeout_s=60.0) == [(None, 2)] * 2
+    newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None and read_manifest(newest).step == 2
     resume_for_two_steps(rank_pool, words, tmp_path / "run")
 
 

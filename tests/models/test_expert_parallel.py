@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from farskip.models.attach import attachment_of
-from farskip.models.parallelize import full_state_dict, parallelize
+from farskip.models.parallelize import full_state_dict, parallelize, tune_schedule
 from farskip.models.recompute import recompute_stages
 from farskip.models.surgery import rewire, wiring_of
 from farskip.models.testing_models import forced_routing, gradients, next_token_loss, tiny_model, token_ids
@@ -337,3 +337,26 @@ def test_mistakes_are_refused_on_every_rank(rank_pool: "RankPool") -> None:
         assert "parallel already" in said["twice"]
         assert "wiring" in said.get("wiring", "nothing"), f"rank {rank} did not hear of it: {said}"
         assert not any("\n" in text for text in said.values())
+
+
+def dropped_while_tuning() -> tuple[tuple[int, int], tuple[int, int]]:
+    model = parallelize(rewire(tiny_model("qwen3_moe"), "farskip"), build_mesh(2), capacity=1)
+    attachment = attachment_of(model)
+    assert attachment is not None
+    dispatcher: Any = attachment.executor.dispatcher
+    ids = token_ids(2, 7)
+
+    def once() -> None:
+        next_token_loss(model(ids, use_cache=False).logits, ids).backward()
+
+    assert tune_schedule(model, once) is not None
+    after_tuning = dispatcher.take_dropped()
+    once()
+    return after_tuning, dispatcher.take_dropped()
+
+
+def test_rows_dropped_while_the_schedule_is_chosen_are_not_counted(rank_pool: "RankPool") -> None:
+    """They are no training's: the first step would report those of the warm-up."""
+    for after_tuning, (dropped, total) in rank_pool.run(dropped_while_tuning, 2):
+        assert after_tuning == (0, 0)
+        assert 0 < dropped < total

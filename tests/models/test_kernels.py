@@ -6,22 +6,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from farskip.executor import Executor
 from farskip.models import kernels as module
-from farskip.models.attach import attach, layers_of
+from farskip.models.attach import attach, attachment_of, layers_of
 from farskip.models.family import family_of_model
-from farskip.models.kernels import SETTINGS, dispatcher_backend, kernels_line, use_kernels
+from farskip.models.kernels import SETTINGS, dispatcher_backend, kernels_line, setting_of, use_kernels
+from farskip.models.parallelize import parallelize
 from farskip.models.surgery import rewire, wiring_of
 from farskip.models.testing_families import CASES, build, is_dense
 from farskip.models.testing_models import gradients, next_token_loss, run_backward, tiny_model, token_ids
 from farskip.parallel.dispatcher import AllToAllDispatcher
+from farskip.parallel.mesh import build_mesh
 from farskip.parallel.testing_links import FakeLink
 from farskip.testing import assert_close, assert_equal_bits
+
+if TYPE_CHECKING:
+    from farskip.testing import RankPool
 
 MOE_CASES = [name for name, case in CASES.items() if not is_dense(case)]
 
@@ -85,6 +90,31 @@ def test_serial_and_overlapped_are_equal_in_bits(wiring: str) -> None:
         logits, grads = run_backward(over_fake_link(wiring, mode), ids, use_cache=False)
         found.append({"logits": logits, **grads})
     assert_equal_bits(found[1], found[0])
+
+
+def chosen_before_parallelize() -> list[str]:
+    """What routers and experts call, and the rows between ranks."""
+    model = tiny_model("qwen3_moe")
+    use_kernels(model, "reference")
+    parallelize(model, build_mesh(2))
+    attachment = attachment_of(model)
+    assert attachment is not None
+    dispatcher: Any = attachment.executor.dispatcher
+    assert setting_of(model) == "reference" and dispatcher.backend == "reference"
+    calls, real = [], {name: getattr(module, name) for name in ("route", "swiglu")}
+    try:
+        for name, function in real.items():
+            setattr(module, name, lambda *a, n=name, f=function, **k: (calls.append(n), f(*a, **k))[1])
+        model(token_ids(1, 5))
+    finally:
+        for name, function in real.items():
+            setattr(module, name, function)
+    return calls
+
+
+def test_a_setting_that_was_chosen_before_parallelize_stays(rank_pool: "RankPool") -> None:
+    for calls in rank_pool.run(chosen_before_parallelize, 2):
+        assert set(calls) == {"route", "swiglu"}
 
 
 def test_off_undoes_it_and_twice_is_once() -> None:

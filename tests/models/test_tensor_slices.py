@@ -17,8 +17,7 @@ from farskip.models.attach import attachment_of
 from farskip.models.checkpoint_files import read_checkpoint
 from farskip.models.rank_slices import Share
 from farskip.models.stored_slice import StoredSlice
-from farskip.models.testing_families import CASES as ALL_CASES
-from farskip.models.testing_families import is_dense
+from farskip.models.testing_families import CASES, is_dense
 from farskip.models.testing_models import token_ids
 from farskip.parallel.mesh import EP_AXIS, axis_size, build_mesh
 from farskip.testing import assert_equal_bits, load_beside, run_ranks
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 experts_module = load_beside(__file__, "test_rank_slices")
 saved, edit, read_all = experts_module.saved, experts_module.edit, experts_module.read_all
-CASES = {name: case for name, case in ALL_CASES.items() if case.family != "olmoe"}
-"""What tensor parallelism cuts: all but OLMoE, which it refuses."""
 DENSE = {"hidden_size": 64, "intermediate_size": 4096}
 MIXED = {"hidden_size": 64, "num_attention_heads": 16, "head_dim": 64, "moe_intermediate_size": 96}
 """About as many bytes of experts as of attention."""
@@ -176,7 +173,7 @@ def save_again(folder: str, other: str, ep: int) -> None:
     farskip.save(farskip.load(folder, mesh=build_mesh(ep, tp=2)), other)
 
 
-@pytest.mark.parametrize(("case", "ep"), [("llama-biased-tied", 1), ("gpt_oss", 2), ("deepseek_v3", 2)])
+@pytest.mark.parametrize(("case", "ep"), [("llama-biased-tied", 1), ("gpt_oss", 2), ("deepseek_v3", 2), ("olmoe", 1)])
 def test_what_was_read_in_slices_is_saved_whole(case: str, ep: int, rank_pool: "RankPool", tmp_path: Path) -> None:
     folder = saved(case, tmp_path / "model")
     rank_pool.run(save_again, 2, str(folder), str(tmp_path / "again"), ep)
@@ -223,9 +220,8 @@ def refused_unread(folder: str, tp: int, beside: bool = False) -> str:
             r"does not divide model\.layers\.0\.mlp\.gate_proj\.weight of shape \(50, 32\) along dimension 0",
         ),
         ("llama", 2, {"attention_dropout": 0.1}, "attention_dropout=0.1 draws other random numbers on every rank"),
-        ("olmoe", 2, {}, "of olmoe is colwise_gather_output, because a norm reads all heads at once; use tp=1"),
     ],
-    ids=["heads", "width", "dropout", "olmoe"],
+    ids=["heads", "width", "dropout"],
 )
 def test_what_cannot_be_cut_is_refused_unread(
     case: str, tp: int, changes: dict[str, Any], says: str, rank_pool: "RankPool", tmp_path: Path

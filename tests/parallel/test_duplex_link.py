@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from farskip.parallel.collectives import AllToAll, ProcessGroupLink
 from farskip.parallel.duplex_link import DuplexGlooLink, real_link
-from farskip.parallel.mesh import EP_AXIS, axis_group, build_mesh
+from farskip.parallel.mesh import EP_AXIS, another_group, axis_group, build_mesh, timeout_of
 
 if TYPE_CHECKING:
     from farskip.testing import RankPool
@@ -57,9 +58,14 @@ def test_many_may_be_in_flight(rank_pool: "RankPool") -> None:
 
 def gives_up() -> None:
     """Ranks 0 and 3 miss the other rank of their groups in time; torch's own would be half an hour."""
-    timeout, rank = timedelta(seconds=2), dist.get_rank()
-    group = axis_group(build_mesh(2, timeout=timeout), EP_AXIS)
-    links = [ProcessGroupLink(group), DuplexGlooLink(group, timeout=timeout)]
+    usual, rank = timeout_of(None), dist.get_rank()
+    _set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
+    try:
+        mesh = build_mesh(2)
+        group = axis_group(mesh, EP_AXIS)
+        links = [ProcessGroupLink(group), DuplexGlooLink(group), ProcessGroupLink(another_group(mesh, EP_AXIS))]
+    finally:
+        _set_pg_timeout(usual, dist.group.WORLD)
     if rank in (0, 3):
         for link in links:
             with pytest.raises(RuntimeError, match=r"[Tt]imed out|timeout"):

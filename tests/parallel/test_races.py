@@ -150,6 +150,20 @@ def test_the_fake_link_shows_what_is_freed_too_early() -> None:
     assert link.lost == 1 and output.isnan().all()
 
 
+@pytest.mark.parametrize("delay", [at_wait, lambda: 0], ids=["waited_for", "early"])
+def test_the_fake_link_shows_a_buffer_that_is_freed_too_early(delay: Any) -> None:
+    """Of an all-reduce, which sends and receives in one, and of an exchange."""
+    link, sent = FakeLink(delay), torch.ones(2, 3)
+    works = [link.all_reduce(torch.ones(2, 3)), link.all_to_all(torch.empty(2, 3), sent, (2,), (2,))]
+    link.tick()
+    for work in works:
+        work.wait()
+    assert link.lost == 2 and not link.in_flight
+    kept = torch.ones(2, 3)
+    link.all_reduce(kept).wait()
+    assert link.lost == 2 and torch.equal(kept, torch.ones(2, 3))
+
+
 def test_the_fake_link_sends_what_is_there_when_it_delivers() -> None:
     """So that writing into a tensor under way is seen."""
     link, sent, output = FakeLink(at_wait), torch.ones(2, 3), torch.empty(2, 3)

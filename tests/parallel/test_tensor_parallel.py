@@ -154,8 +154,11 @@ def model_over(link: Any, mode: str, device: str) -> dict[str, torch.Tensor]:
 
 
 def test_a_model_over_a_late_link_keeps_its_bits() -> None:
-    serial, overlapped = (model_over(FakeLink(at_wait), mode, "cpu") for mode in ("serial", "overlapped"))
+    links = {mode: FakeLink(at_wait) for mode in ("serial", "overlapped")}
+    serial, overlapped = (model_over(link, mode, "cpu") for mode, link in links.items())
     assert_equal_bits(overlapped, serial)
+    for link in links.values():
+        assert not link.in_flight and not link.lost, "a buffer was freed while it was under way"
 
 
 @pytest.mark.gpu
