@@ -89,7 +89,7 @@ def axis_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
 
 
 def another_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
-    """A new process group of the ranks along an axis of the mesh, whose collectives wait for none of the axis's own, but
+    """A new process group of the ranks along an axis of the mesh. Its collectives wait for none of the axis's own, and
     as long as those for a rank that does not answer.
 
     A collective over all ranks, which have to be those of the mesh.
