@@ -273,8 +273,8 @@ MUTATIONS = [
     Mutation(
         "a stream's uses are not in program order",
         _USES,
-        "full.insert(1 if ATTENTION in full else 0, _ADD_Y)",
-        "full.append(_ADD_Y)",
+        "full.insert(1 if ATTENTION in full else 0, ADD_Y)",
+        "full.append(ADD_Y)",
         Catch(RESIDUAL, "test_uses_are_listed_in_program_order"),
     ),
     # backward order
@@ -333,15 +333,15 @@ MUTATIONS = [
     Mutation(
         "another bracketing: (y + r) + s",
         _FORM,
-        "y_BSD + (routed_BSD + self._take(Value(before, SHARED), _ADD_X))",
-        "(y_BSD + routed_BSD) + self._take(Value(before, SHARED), _ADD_X)",
+        "y_BSD + (routed_BSD + self._take(Value(before, SHARED), ADD_X))",
+        "(y_BSD + routed_BSD) + self._take(Value(before, SHARED), ADD_X)",
         UNTOUCHED,
     ),
     Mutation(
         "another bracketing: y + (s + r), as x + (a + s) + r",
         _FORM,
-        "y_BSD + (routed_BSD + self._take(Value(before, SHARED), _ADD_X))",
-        "(y_BSD + self._take(Value(before, SHARED), _ADD_X)) + routed_BSD",
+        "y_BSD + (routed_BSD + self._take(Value(before, SHARED), ADD_X))",
+        "(y_BSD + self._take(Value(before, SHARED), ADD_X)) + routed_BSD",
         Catch(RESIDUAL, "test_the_full_stream_is_bracketed_as_in_ordinary_models", (0, 2)),
     ),
     Mutation(
@@ -353,7 +353,7 @@ MUTATIONS = [
     ),
     Mutation(
         "ladder keeps the shared expert",
-        _CORE + "residual:_partial_base",
+        _CORE + "residual:partial_base",
         "SHARED in blocks and SHARED not in left_out",
         "SHARED in blocks",
         LADDER_REFERENCE,
@@ -382,8 +382,8 @@ MUTATIONS = [
     Mutation(
         "norm of attention before the MLP",
         _MODELS + "hf_layer:HFSubBlocks.mlp_norm",
-        "post_attention_layernorm",
-        "input_layernorm",
+        "self.norms[MLP_NORM]",
+        "self.norms[ATTENTION]",
         UNTOUCHED,
     ),
     # what is refused

@@ -135,13 +135,16 @@ def test_the_line_for_the_log(setting: str) -> None:
         pytest.skip("needs a device that it can run on")
     line = kernels_line(tiny_model("qwen3_moe"), setting)
     own = "reference" if setting == "reference" else "transformers"
-    assert line == f"kernels: router {own}, experts {own}, rows between ranks reference (kernels={setting})"
+    assert line == (
+        f"kernels: router {own}, experts {own}, rows between ranks reference, "
+        f"{'norms reference' if setting == 'reference' else 'streams and norms transformers'} (kernels={setting})"
+    )
 
 
-def test_a_dense_model_has_none() -> None:
-    model = build(CASES["llama"])
+def test_a_dense_model_has_norms_and_a_stream() -> None:
+    model = rewire(build(CASES["llama"]), "ladder")
     use_kernels(model, "reference")
-    assert kernels_line(model, "auto") == "kernels: none, the model has no routed experts"
+    assert kernels_line(model, "reference") == "kernels: streams and norms reference (kernels=reference)"
 
 
 def test_the_backend_of_rows() -> None:
