@@ -322,11 +322,10 @@ class _SegmentRun:
         """The normed stream, one alias per use. Whoever comes first does the norm, once per stream that is read."""
         residual, block, layer = self._residual, self._executor.sub_blocks[norm.layer], norm.layer
         which = ATTENTION if norm.name == ATTENTION else source
-        first = not residual.has_normed(layer, which)
-        if first and not residual.form_normed(layer, which, partial(self._mark_inputs, key)):
-            (stream_BSD,) = self._mark_inputs(key, residual.read(layer, source, norm.name))
+        first, mark = not residual.has_normed(layer, which), partial(self._mark_inputs, key)
+        if first and not residual.form_normed(layer, which, mark):
             compute = block.attention_norm if norm.name == ATTENTION else block.mlp_norm
-            residual.put_normed(layer, which, compute(stream_BSD))
+            residual.put_normed(layer, which, compute(residual.read(layer, source, norm.name, mark)))
         aliases = tuple(residual.read_normed(layer, which, use) for use in uses)
         return aliases if first else self._mark_inputs(key, *aliases)
 

@@ -19,7 +19,7 @@ from farskip.autograd_order import entry_points
 from farskip.chain import Chain, Point
 from farskip.pending import Pending
 from farskip.reduction_autograd import GradientSum, enter, fill, join, tap
-from farskip.residual import Residual, Uses
+from farskip.residual import Mark, Residual, Uses
 from farskip.stage import TensorParallel
 from farskip.stage_graph import REDUCE, Key, StageGraph, gradient_of
 from farskip.wiring import LayerBlocks, LayerInputs, Source
@@ -116,10 +116,10 @@ class ReducedResidual(Residual):
             entering_BSD = x_BSD if point == self._newest else n_BSD
             self._streams[point] = enter(entering_BSD, self._gradients.get(point))
 
-    def read(self, layer: int, source: Source, use: str) -> torch.Tensor:
+    def read(self, layer: int, source: Source, use: str, mark: Mark = lambda *tensors: tensors) -> torch.Tensor:
         """See `Residual.read`; behind a tap."""
         point = self._chain.point(layer, source)
-        return tap(self._use(point), self._gradients[point], self._layout.taps[point, layer, use])
+        return mark(tap(self._use(point), self._gradients[point], self._layout.taps[point, layer, use]))[0]
 
     def put(self, layer: int, block: str, output_BSD: torch.Tensor) -> None:
         """Hand over the partial output of a sub-block."""

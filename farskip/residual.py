@@ -60,7 +60,11 @@ class Fusion:
 _NO_FUSIONS: Mapping[Value, Fusion] = MappingProxyType({})
 
 Mark = Callable[..., tuple[torch.Tensor, ...]]
-"""Called with tensors, returns the same ones; what it is told of them is another's business."""
+"""Called with the tensors that a stage takes in; returns the same ones."""
+
+
+def _unmarked(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tensors
 
 
 def normed_value(norm: Norm, stream: Value) -> Value:
@@ -148,9 +152,20 @@ class Residual:
         if inputs[start].left_out:
             self._offer(Value(start, Source.PARTIAL), n_BSD)
 
-    def read(self, layer: int, source: Source, use: str) -> torch.Tensor:
-        """The alias of a stream value for one use; forms the value if this is its first use."""
-        return self._take(Value(layer, source), use)
+    def read(self, layer: int, source: Source, use: str, mark: Mark = _unmarked) -> torch.Tensor:
+        """The alias of a stream value for one use; forms the value if this is its first use.
+
+        Args:
+            layer: whose entry or middle the value stands at.
+            source: which value.
+            use: the use.
+            mark: called with what the reader takes in: the terms, if an op forms the value now, else the value.
+        """
+        value = Value(layer, source)
+        if value in self._fusions and value not in self._aliases:
+            self._run(self._fusions[value], mark)
+            return self._take(value, use)
+        return mark(self._take(value, use))[0]
 
     def put(self, layer: int, block: str, output_BSD: torch.Tensor) -> None:
         """Hand over the output of a sub-block."""
@@ -198,15 +213,15 @@ class Residual:
     def _take(self, value: Value, use: str) -> torch.Tensor:
         if value not in self._aliases:
             if value in self._fusions:
-                self._run(self._fusions[value])
+                self._run(self._fusions[value], _unmarked)
             else:
                 self._offer(value, self._form(value))
         return self._aliases[value].pop(use)
 
-    def _run(self, fusion: Fusion, mark: Mark | None = None) -> None:
+    def _run(self, fusion: Fusion, mark: Mark) -> None:
         """Form values by an op."""
-        terms = tuple(self._take(value, use) for value, use in fusion.takes)
-        made = getattr(self._kernels, fusion.op)(fusion.norms, *(mark(*terms) if mark else terms))
+        terms = mark(*(self._take(value, use) for value, use in fusion.takes))
+        made = getattr(self._kernels, fusion.op)(fusion.norms, *terms)
         for value, tensor in zip(fusion.makes, made, strict=True):
             self._offer(value, tensor)
 
