@@ -106,8 +106,8 @@ def _fusions_behind(
         inside, normed_n = {(y, ADD_N), (next_n, of_n.name)}, normed_value(of_n, next_n)
         if of_x and landed:
             inside |= {(y, ADD_X), (shared, ADD_N), (next_x, of_x.name)}
-            makes = (next_x, normed_n, normed_value(of_x, next_x))
-            yield Fusion("release_both", (*sum_y, *sum_x), makes, (of_n, of_x)), inside
+            normed_x = normed_value(of_x, next_x)
+            yield Fusion("release_both", (*sum_y, *sum_x), (next_x, normed_n, normed_x), (of_n, of_x)), inside
             return
         yield Fusion("release_attention", (*sum_y, (shared, ADD_N)), (y, normed_n), (of_n,)), inside
     else:
@@ -117,8 +117,8 @@ def _fusions_behind(
         elif of_y:
             yield Fusion("add_norm", sum_y, (y, normed_value(of_y, y)), (of_y,)), {(y, of_y.name)}
         if of_n and base == "y+s":
-            takes, makes = ((y, ADD_N), (shared, ADD_N)), (next_n, normed_value(of_n, next_n))
-            yield Fusion("add_norm", takes, makes, (of_n,)), {(next_n, of_n.name)}
+            sum_n = ((y, ADD_N), (shared, ADD_N))
+            yield Fusion("add_norm", sum_n, (next_n, normed_value(of_n, next_n)), (of_n,)), {(next_n, of_n.name)}
     if of_x:
-        makes = (next_x, normed_value(of_x, next_x))
-        yield Fusion("release_router", ((y, ADD_X), *sum_x), makes, (of_x,)), {(next_x, of_x.name)}
+        normed_x = normed_value(of_x, next_x)
+        yield Fusion("release_router", ((y, ADD_X), *sum_x), (next_x, normed_x), (of_x,)), {(next_x, of_x.name)}

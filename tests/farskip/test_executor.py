@@ -12,9 +12,9 @@ from farskip.executor import Executor
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.testing_links import Delay, FakeLink, at_wait, random_delay
 from farskip.recorder import Recorder
+from farskip.residual import MLP_NORM
 from farskip.schedule import Do, Instruction, Segment, build_schedule, even_segments
 from farskip.simulator import placements
-from farskip.residual import MLP_NORM
 from farskip.stage import Norm, Routing, Seam
 from farskip.triton_kernels.add_rms_norm import add_rms_norm
 from farskip.triton_kernels.release_attention import release_attention

@@ -81,9 +81,7 @@ def plan_of(
 def drive(wiring: Wiring, mix: Sequence[LayerBlocks], plan: FusionPlan, stop: int) -> dict[str, torch.Tensor]:
     """Norm, read and put in program order, as an executor does; everything that comes out, and no alias left over."""
     inputs, x = wiring.resolve(mix), torch.full((3,), 0.1, requires_grad=True)
-    residual = Residual(
-        inputs, plan.uses, 0, stop, x * 1, x, fixed_order=True, fusions=plan.fusions, kernels=Numbers()
-    )
+    residual = Residual(inputs, plan.uses, 0, stop, x * 1, x, fixed_order=True, fusions=plan.fusions, kernels=Numbers())
     seen: dict[str, torch.Tensor] = {}
     for layer, blocks in enumerate(mix[:stop]):
         for block in blocks:
@@ -117,6 +115,13 @@ def test_the_ops_make_what_plain_adds_and_norms_make(wiring: Wiring, mix: Sequen
         assert fused.keys() == plain.keys()
         for name, value in plain.items():
             assert torch.equal(fused[name], value), f"{name}, {sorted(fusible)}"
+
+
+def test_no_alias_of_the_steady_state_is_left_over() -> None:
+    """Farskip with shared experts, one update after the other and both at once."""
+    wiring, mix = Wiring.named("farskip", NUM_LAYERS), (MOE_SHARED,) * NUM_LAYERS
+    for landed in ((), range(NUM_LAYERS)):
+        drive(wiring, mix, plan_of(wiring, mix, ALL, landed, NUM_LAYERS), NUM_LAYERS)
 
 
 FEW = frozenset({Norm(1, MLP_NORM)})
