@@ -71,6 +71,14 @@ class HFSubBlocks:
         """The norm modules, by the names of `farskip.stage.Norm`."""
         return {ATTENTION: self.layer.input_layernorm, MLP_NORM: self.layer.post_attention_layernorm}
 
+    @property
+    def bare_norms(self) -> frozenset[str]:
+        """The names of those norms that are all that `attention_norm` and `mlp_norm` now do, so that a fused op may
+        run in their place. A family that overrides one of the two is taken to do more."""
+        kind, plain = type(self), HFSubBlocks
+        bare = {ATTENTION: kind.attention_norm is plain.attention_norm, MLP_NORM: kind.mlp_norm is plain.mlp_norm}
+        return frozenset(name for name, is_bare in bare.items() if is_bare)
+
     def attention_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
         """See `SubBlocks.attention_norm`."""
         return self.norms[ATTENTION](stream_BSD)

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from farskip.models.hf_layer import HFSubBlocks
-from farskip.models.norm_rule import eps_of, is_known, why_called
+from farskip.models.norm_rule import eps_of, is_known
 from farskip.models.router_rule import RouterRule
-from farskip.models.stream_kernels import HFStreamKernels, stream_backend
+from farskip.models.stream_kernels import HFStreamKernels, stream_backend, why_norm_is_called
 from farskip.triton_kernels.add_rms_norm import rms_norm
 from farskip.triton_kernels.backend import choose_backend
 from farskip.triton_kernels.dispatch_map import dispatch_map
@@ -37,6 +37,7 @@ from farskip.triton_kernels.permute import permute
 from farskip.triton_kernels.route import route
 from farskip.triton_kernels.swiglu import swiglu
 from farskip.triton_kernels.unpermute import unpermute
+from farskip.wiring import ATTENTION
 
 SETTINGS = ("auto", "triton", "reference", "off")
 _SETTING, _RULE = "_farskip_kernels", "_farskip_rule"
@@ -131,9 +132,10 @@ def _streams_part(model: Any, setting: str, blocks: Sequence[HFSubBlocks]) -> st
     """What adds and norms the residual stream."""
     from farskip.models.attach import attachment_of
 
-    norms = [(layer, norm) for layer, block in enumerate(blocks) for norm in block.norms.values()]
-    chosen = stream_backend(setting, norms[0][1].weight)
-    called = [f"layer {layer}: {why}" for layer, norm in norms if (why := why_called(norm)) is not None]
+    norms = [(layer, block, name) for layer, block in enumerate(blocks) for name in block.norms]
+    chosen = stream_backend(setting, blocks[0].norms[ATTENTION].weight)
+    reasons = ((layer, why_norm_is_called(block, name)) for layer, block, name in norms)
+    called = [f"layer {layer}: {why}" for layer, why in reasons if why is not None]
     if chosen is None or len(called) == len(norms):
         return "streams and norms transformers" + (f" ({called[0]})" if chosen else "")
     some = f" but {len(called)} of {len(norms)} norms ({called[0]})" if called else ""

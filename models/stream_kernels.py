@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from farskip.models.hf_layer import HFSubBlocks
-from farskip.models.norm_rule import NormRule, norm_rule
+from farskip.models.norm_rule import NormRule, norm_rule, why_called
 from farskip.stage import Norm
 from farskip.triton_kernels.add_rms_norm import add_rms_norm
 from farskip.triton_kernels.backend import choose_backend
@@ -30,6 +30,13 @@ def stream_backend(setting: str, tensor: torch.Tensor) -> str | None:
     if setting == "off" or (setting == "auto" and not tensor.is_cuda):
         return None
     return choose_backend(None if setting == "auto" else setting, tensor)
+
+
+def why_norm_is_called(block: HFSubBlocks, name: str) -> str | None:
+    """Why a norm of a layer has to be called, as it is now; None if an op may do its work together with a sum's."""
+    if name not in block.bare_norms:
+        return "its family does more there"
+    return why_called(block.norms[name])
 
 
 class HFStreamKernels:
@@ -52,7 +59,7 @@ class HFStreamKernels:
             Norm(layer, name)
             for layer in range(start, stop)
             for name, module in self._sub_blocks[layer].norms.items()
-            if (rule := norm_rule(module)) is not None and rule.weight.dtype == stream_BSD.dtype
+            if why_norm_is_called(self._sub_blocks[layer], name) is None and module.weight.dtype == stream_BSD.dtype
         )
 
     def add_norm(
@@ -97,9 +104,7 @@ class HFStreamKernels:
         return release_both(x_BSD, *terms, of_n.weight, of_x.weight, of_n.eps, backend=self._backend(x_BSD))
 
     def _rules(self, norms: Sequence[Norm]) -> list[NormRule]:
-        rules = [norm_rule(self._sub_blocks[norm.layer].norms[norm.name]) for norm in norms]
-        assert all(rules), f"{norms} were fusible and are no longer"
-        return [rule for rule in rules if rule is not None]
+        return [norm_rule(self._sub_blocks[norm.layer].norms[norm.name]) for norm in norms]
 
     def _backend(self, stream_BSD: torch.Tensor) -> str | None:
         return stream_backend(self._setting, stream_BSD)

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from farskip.chain import MLP_NORM
 from farskip.executor import Executor
 from farskip.models import norm_rule as rules
 from farskip.models import stream_kernels
 from farskip.models.attach import attach, attachment_of, layers_of
 from farskip.models.family import family_of_model
+from farskip.models.hf_layer import HFSubBlocks
 from farskip.models.kernels import kernels_line, use_kernels
 from farskip.models.surgery import rewire, wiring_of
 from farskip.models.testing_families import CASES, build
@@ -20,7 +22,7 @@ from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.testing_links import FakeLink
 from farskip.testing import assert_close, assert_equal_bits, load_beside
 from farskip.triton_kernels.add_rms_norm import rms_norm
-from farskip.wiring import LayerWiring, Wiring
+from farskip.wiring import ATTENTION, LayerWiring, Wiring
 
 reference = load_beside(__file__, "two_stream_reference")
 
@@ -233,6 +235,23 @@ def test_a_norm_of_another_kind_is_called() -> None:
     assert_close(logits, expected, **LOGITS)
     assert_close(found, expected_gradients, **GRADIENTS)
     assert "but 3 of 8 norms (layer 1: Doubled is not known)" in kernels_line(fused, "reference")
+
+
+def test_what_a_family_does_behind_a_norm_is_done() -> None:
+    """Mixtral's noise; and whatever an override to come does."""
+    plain = rewire(build(CASES["mixtral"], router_jitter_noise=0.3), "farskip")
+    fused = copy.deepcopy(plain)
+    use_kernels(fused, "reference")
+    assert "streams and norms reference but 4 of 8 norms (layer 0: its family does" in kernels_line(fused, "reference")
+    ids, found = token_ids(2, 9), []
+    for model in (plain, fused):
+        torch.manual_seed(5)
+        found.append(model(ids, use_cache=False).logits)
+    assert_close(found[1], found[0], **LOGITS)
+    assert kernels_line(fused.eval(), "reference").endswith("streams and norms reference (kernels=reference)")
+    block: Any = family_of_model(fused).sub_blocks(layers_of(fused)[0])
+    other = type("Other", (HFSubBlocks,), {"attention_norm": lambda self, stream: stream})(block.layer)
+    assert HFSubBlocks(block.layer).bare_norms == {ATTENTION, MLP_NORM} and other.bare_norms == {MLP_NORM}
 
 
 def test_the_setting_survives_another_wiring_and_a_copy_and_goes_with_off(ops: Counter[str]) -> None:

@@ -231,6 +231,12 @@ def test_no_spill_and_no_atomics(figures: dict[str, Any], name: str, target: str
     assert figures[name][target]["atomics"] == 0
 
 
+@pytest.mark.parametrize("name", sorted(WIDE))
+def test_rows_are_found_by_64_bit_offsets(figures: dict[str, Any], name: str) -> None:
+    """test_large_offsets.py has the same on a GPU, with tensors that large."""
+    assert figures[name]["sm_90"]["narrow_products"] == []
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", sorted(WIDE))
 def test_wide_accesses(figures: dict[str, Any], name: str, target: str) -> None:
