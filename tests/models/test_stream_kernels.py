@@ -126,7 +126,7 @@ def test_every_family_computes_what_it_computes_without(case: str, ops: Counter[
     assert_close(found, expected_gradients, **GRADIENTS)
 
 
-def over_fake_link(model: Any, mode: str, *, recompute: int = 0) -> Any:
+def over_fake_link(model: Any, mode: str, *, recompute: int = 0, setting: str = "reference") -> Any:
     family = family_of_model(model)
     blocks = [family.sub_blocks(layer) for layer in layers_of(model)]
     executor = Executor(blocks, wiring_of(model), dispatcher=AllToAllDispatcher(FakeLink(), 8, 2), mode=mode)
@@ -134,7 +134,7 @@ def over_fake_link(model: Any, mode: str, *, recompute: int = 0) -> Any:
     if recompute:
         attachment.checkpoint_layers = recompute
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=lambda *_: pytest.fail("called"))
-    use_kernels(model, "reference")
+    use_kernels(model, setting)
     return model
 
 
@@ -167,6 +167,19 @@ def test_in_bf16_too(ops: Counter[str]) -> None:
         lambda: rewire(tiny_model(**MODELS["deepseek_v3-no-dense"]).to(torch.bfloat16), "farskip"), token_ids(2, 6)
     )
     assert ops == {"release_both": 3, "release_attention": 3, "release_router": 3}
+    assert_equal_bits(overlapped, serial)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_serial_and_overlapped_are_equal_in_bits_on_a_gpu(name: str, ops: Counter[str]) -> None:
+    """As `auto` runs it, compiled."""
+    serial, overlapped = serial_and_overlapped(
+        lambda: rewire(tiny_model(**MODELS["deepseek_v3-no-dense"]).to("cuda", torch.bfloat16), name),
+        token_ids(2, 6).cuda(),
+        setting="auto",
+    )
+    assert ops
     assert_equal_bits(overlapped, serial)
 
 

@@ -135,8 +135,10 @@ CASES = {
     "count_slots": case(
         "dispatch_map_triton",
         "count_slots_kernel",
-        MAP_FLAGS,
-        pointers("tile_counts_ptr", dtype="*i32") | {"experts_ptr": "*i64", "num_slots": "i32", "tile_slots": "i32"},
+        MAP_FLAGS | {"BLOCK_ROWS": 1024},
+        pointers("tile_counts_ptr", "src_ptr", dtype="*i32")
+        | {"experts_ptr": "*i64"}
+        | dict.fromkeys(("num_slots", "num_rows", "tile_slots", "tile_rows"), "i32"),
         4,
     ),
     "place_slots": case(
