@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from farskip.models.hf_layer import HFSubBlocks
-from farskip.models.norm_rule import eps_of, is_known
+from farskip.models.norm_rule import is_known, norm_rule
 from farskip.models.router_rule import RouterRule
 from farskip.models.stream_kernels import HFStreamKernels, stream_backend, why_norm_is_called
 from farskip.triton_kernels.add_rms_norm import rms_norm
@@ -203,7 +203,8 @@ def _fused_norm(norm_class: Any) -> type:
         backend = stream_backend(self.__dict__[_SETTING], hidden_states)
         if backend is None or self.weight.dtype != hidden_states.dtype or not is_known(self):  # not: subclassed since
             return norm_class.forward(self, hidden_states)
-        return rms_norm(hidden_states, self.weight, eps_of(self), backend=backend)
+        rule = norm_rule(self)
+        return rms_norm(hidden_states, rule.weight, rule.eps, unit_offset=rule.unit_offset, backend=backend)
 
     return type(norm_class.__name__, (norm_class,), {"forward": forward, "__module__": norm_class.__module__})
 

@@ -1,10 +1,12 @@
 """What the norms of a family compute, said as data, so that fused kernels can compute the same.
 
-    z / sqrt(mean(z^2) + eps), in fp32, rounded to the dtype of z; then times weight, rounded again
+    Llama and its kin    z / sqrt(mean(z^2) + eps) in fp32, rounded to the dtype of z; then times weight, rounded again
+    GPT-OSS              the same in fp32 throughout, rounded once
 
-is the RMSNorm of Llama and its kin, and what `farskip.triton_kernels.add_rms_norm` computes without a unit offset. A
-class is known by its name and by coming from transformers; any other, a subclass included, keeps its own code. So does
-GPT-OSS: its norm does not round before it multiplies by the weight, which is another number in bf16.
+The first is what `farskip.triton_kernels.add_rms_norm` computes without a unit offset. With one it rounds once and its
+gain is 1 + weight, so that GPT-OSS hands it weight - 1: in fp32 that is exact for weights in bf16 above 2^-16.
+
+A class is known by its name and by coming from transformers; any other, a subclass included, keeps its own code.
 """
 
 from dataclasses import dataclass
@@ -12,48 +14,41 @@ from typing import Any
 
 import torch
 
-_EPS_OF = {
-    **dict.fromkeys(
-        (
-            "DeepseekV2RMSNorm",
-            "DeepseekV3RMSNorm",
-            "Ernie4_5_MoeRMSNorm",
-            "Glm4MoeRMSNorm",
-            "LlamaRMSNorm",
-            "MixtralRMSNorm",
-            "OlmoeRMSNorm",
-            "Qwen2MoeRMSNorm",
-            "Qwen3MoeRMSNorm",
-            "Qwen3RMSNorm",
-        ),
-        "variance_epsilon",
-    ),
-    "Llama4TextRMSNorm": "eps",
-}
+_LLAMA = (
+    "DeepseekV2RMSNorm",
+    "DeepseekV3RMSNorm",
+    "Ernie4_5_MoeRMSNorm",
+    "Glm4MoeRMSNorm",
+    "LlamaRMSNorm",
+    "MixtralRMSNorm",
+    "OlmoeRMSNorm",
+    "Qwen2MoeRMSNorm",
+    "Qwen3MoeRMSNorm",
+    "Qwen3RMSNorm",
+)
+_ROUNDS_ONCE = "GptOssRMSNorm"
+KNOWN = {**dict.fromkeys((*_LLAMA, _ROUNDS_ONCE), "variance_epsilon"), "Llama4TextRMSNorm": "eps"}
 """The attribute that holds eps, by class. tests/models/test_stream_kernels.py compares each class with the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
 class NormRule:
-    """What a norm computes.
+    """What a norm computes, in the terms of `farskip.triton_kernels.add_rms_norm`.
 
     Attributes:
-        weight: its gain [D].
+        weight: [D].
         eps: added to the mean square.
+        unit_offset: whether the gain is 1 + weight, and nothing is rounded before the end.
     """
 
     weight: torch.Tensor
     eps: float
+    unit_offset: bool
 
 
 def is_known(norm: Any) -> bool:
     """Whether kernels can compute what a norm module's class computes."""
-    return type(norm).__name__ in _EPS_OF and type(norm).__module__.startswith("transformers.")
-
-
-def eps_of(norm: Any) -> float:
-    """The eps of a known norm."""
-    return float(getattr(norm, _EPS_OF[type(norm).__name__]))
+    return type(norm).__name__ in KNOWN and type(norm).__module__.startswith("transformers.")
 
 
 def why_called(norm: Any) -> str | None:
@@ -67,4 +62,8 @@ def why_called(norm: Any) -> str | None:
 
 def norm_rule(norm: Any) -> NormRule:
     """The rule of a known norm."""
-    return NormRule(norm.weight, eps_of(norm))
+    name = type(norm).__name__
+    weight, eps = norm.weight, float(getattr(norm, KNOWN[name]))
+    if name == _ROUNDS_ONCE:
+        return NormRule(weight.float() - 1, eps, unit_offset=True)
+    return NormRule(weight, eps, unit_offset=False)

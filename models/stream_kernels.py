@@ -12,6 +12,7 @@ Legend: B batch, S sequence, D hidden.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -67,16 +68,15 @@ class HFStreamKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `StreamKernels.add_norm`."""
         (rule,) = self._rules(norms)
-        return add_rms_norm(x_BSD, a_BSD.to(x_BSD.dtype), rule.weight, rule.eps, backend=self._backend(x_BSD))
+        return add_rms_norm(x_BSD, a_BSD.to(x_BSD.dtype), rule.weight, rule.eps, **self._how(rule, x_BSD))
 
     def release_attention(
         self, norms: tuple[Norm], x_BSD: torch.Tensor, a_BSD: torch.Tensor, s_BSD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `StreamKernels.release_attention`."""
         (rule,), dtype = self._rules(norms), x_BSD.dtype
-        return release_attention(
-            x_BSD, a_BSD.to(dtype), s_BSD.to(dtype), rule.weight, rule.eps, backend=self._backend(x_BSD)
-        )
+        terms = (x_BSD, a_BSD.to(dtype), s_BSD.to(dtype))
+        return release_attention(*terms, rule.weight, rule.eps, **self._how(rule, x_BSD))
 
     def release_router(
         self, norms: tuple[Norm], y_BSD: torch.Tensor, r_BSD: torch.Tensor, s_BSD: torch.Tensor | None = None
@@ -84,7 +84,7 @@ class HFStreamKernels:
         """See `StreamKernels.release_router`."""
         (rule,), dtype = self._rules(norms), y_BSD.dtype
         s_BSD = None if s_BSD is None else s_BSD.to(dtype)
-        return release_router(y_BSD, s_BSD, r_BSD.to(dtype), rule.weight, rule.eps, backend=self._backend(y_BSD))
+        return release_router(y_BSD, s_BSD, r_BSD.to(dtype), rule.weight, rule.eps, **self._how(rule, y_BSD))
 
     def release_both(
         self,
@@ -94,17 +94,17 @@ class HFStreamKernels:
         r_BSD: torch.Tensor,
         s_BSD: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `StreamKernels.release_both`. The op takes one eps: where norms differ, the two updates run instead."""
+        """See `StreamKernels.release_both`. The op takes one eps: where there are two, the two updates run instead."""
         (of_n, of_x), dtype = self._rules(norms), x_BSD.dtype
-        if of_n.eps != of_x.eps:
+        if (of_n.eps, of_n.unit_offset) != (of_x.eps, of_x.unit_offset):
             y_BSD, normed_n_BSD = self.release_attention(norms[:1], x_BSD, a_BSD, s_BSD)
             x_BSD, normed_x_BSD = self.release_router(norms[1:], y_BSD, r_BSD, s_BSD)
             return x_BSD, normed_n_BSD, normed_x_BSD
-        terms = (a_BSD.to(dtype), s_BSD.to(dtype), r_BSD.to(dtype))
-        return release_both(x_BSD, *terms, of_n.weight, of_x.weight, of_n.eps, backend=self._backend(x_BSD))
+        terms = (x_BSD, a_BSD.to(dtype), s_BSD.to(dtype), r_BSD.to(dtype))
+        return release_both(*terms, of_n.weight, of_x.weight, of_n.eps, **self._how(of_n, x_BSD))
 
     def _rules(self, norms: Sequence[Norm]) -> list[NormRule]:
         return [norm_rule(self._sub_blocks[norm.layer].norms[norm.name]) for norm in norms]
 
-    def _backend(self, stream_BSD: torch.Tensor) -> str | None:
-        return stream_backend(self._setting, stream_BSD)
+    def _how(self, rule: NormRule, stream_BSD: torch.Tensor) -> dict[str, Any]:
+        return {"unit_offset": rule.unit_offset, "backend": stream_backend(self._setting, stream_BSD)}
