@@ -28,7 +28,7 @@ from farskip.triton_kernels.release_router import release_router
 
 def stream_backend(setting: str, tensor: torch.Tensor) -> str | None:
     """What norms and sums run on for a stream like this tensor; None is transformers' own code."""
-    if setting == "off" or (setting == "auto" and not tensor.is_cuda):
+    if setting == "off" or (setting == "auto" and (not tensor.is_cuda or tensor.dtype == torch.float64)):
         return None
     return choose_backend(None if setting == "auto" else setting, tensor)
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -338,3 +339,24 @@ def test_weights_of_another_dtype_keep_transformers_code(ops: Counter[str]) -> N
     norm, theirs = layers_of(fused)[1].input_layernorm, layers_of(plain)[1].input_layernorm
     assert_equal_bits(norm(stream + 1), theirs(stream + 1))
     assert not ops
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "setting", "backend"),
+    [
+        ("cpu", torch.float32, "auto", None),
+        ("cpu", torch.float32, "off", None),
+        ("cpu", torch.float32, "reference", "reference"),
+        ("cuda", torch.float32, "off", None),
+        ("cuda", torch.float64, "auto", None),
+        ("cuda", torch.float32, "auto", "triton"),
+        ("cuda", torch.bfloat16, "auto", "triton"),
+        ("cuda", torch.bfloat16, "reference", "reference"),
+    ],
+)
+def test_what_runs_where(device: str, dtype: torch.dtype, setting: str, backend: str | None) -> None:
+    """Only device and dtype of a tensor are looked at, so that this can be asked without a GPU."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    stream: Any = SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda", dtype=dtype)
+    assert stream_kernels.stream_backend(setting, stream) == backend
