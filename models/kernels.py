@@ -37,7 +37,6 @@ from farskip.triton_kernels.permute import permute
 from farskip.triton_kernels.route import route
 from farskip.triton_kernels.swiglu import swiglu
 from farskip.triton_kernels.unpermute import unpermute
-from farskip.wiring import ATTENTION
 
 SETTINGS = ("auto", "triton", "reference", "off")
 _SETTING, _RULE = "_farskip_kernels", "_farskip_rule"
@@ -133,8 +132,9 @@ def _streams_part(model: Any, setting: str, blocks: Sequence[HFSubBlocks]) -> st
     from farskip.models.attach import attachment_of
 
     norms = [(layer, block, name) for layer, block in enumerate(blocks) for name in block.norms]
-    chosen = stream_backend(setting, blocks[0].norms[ATTENTION].weight)
-    reasons = ((layer, why_norm_is_called(block, name)) for layer, block, name in norms)
+    stream: torch.Tensor = model.get_input_embeddings().weight  # as it begins
+    chosen = stream_backend(setting, stream)
+    reasons = ((layer, why_norm_is_called(block, name, stream)) for layer, block, name in norms)
     called = [f"layer {layer}: {why}" for layer, why in reasons if why is not None]
     if chosen is None or len(called) == len(norms):
         return "streams and norms transformers" + (f" ({called[0]})" if chosen else "")

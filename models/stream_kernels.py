@@ -33,11 +33,14 @@ def stream_backend(setting: str, tensor: torch.Tensor) -> str | None:
     return choose_backend(None if setting == "auto" else setting, tensor)
 
 
-def why_norm_is_called(block: HFSubBlocks, name: str) -> str | None:
+def why_norm_is_called(block: HFSubBlocks, name: str, stream: torch.Tensor) -> str | None:
     """Why a norm of a layer has to be called, as it is now; None if an op may do its work together with a sum's."""
     if name not in block.bare_norms:
         return "its family does more there"
-    return why_called(block.norms[name])
+    norm = block.norms[name]
+    if (why := why_called(norm)) is None and norm.weight.dtype != stream.dtype:
+        return f"its weight is {norm.weight.dtype}, the stream {stream.dtype}"
+    return why
 
 
 class HFStreamKernels:
@@ -59,8 +62,8 @@ class HFStreamKernels:
         return frozenset(
             Norm(layer, name)
             for layer in range(start, stop)
-            for name, module in self._sub_blocks[layer].norms.items()
-            if why_norm_is_called(self._sub_blocks[layer], name) is None and module.weight.dtype == stream_BSD.dtype
+            for name in self._sub_blocks[layer].norms
+            if why_norm_is_called(self._sub_blocks[layer], name, stream_BSD) is None
         )
 
     def add_norm(

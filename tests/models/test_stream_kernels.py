@@ -336,6 +336,8 @@ def test_weights_of_another_dtype_keep_transformers_code(ops: Counter[str]) -> N
     assert attachment is not None and attachment.executor.stream_kernels is not None
     stream = torch.zeros(1, 3, 32)
     assert attachment.executor.stream_kernels.fusible(0, 4, stream) == frozenset()
+    line = kernels_line(fused, "reference")
+    assert "norms transformers (layer 0: its weight is torch.float64, the stream torch.float32)" in line
     norm, theirs = layers_of(fused)[1].input_layernorm, layers_of(plain)[1].input_layernorm
     assert_equal_bits(norm(stream + 1), theirs(stream + 1))
     assert not ops
