@@ -6,9 +6,9 @@
     x' = y + m                      m: dense MLP
 
 A sum is formed when it is first read; where kernels are at hand, in one op with the norm that reads it, as a plan says
-(`farskip.fusion`). Each value is handed out as one alias per use, so that in backward the gradients
-of its uses are added in program order whatever order the stages ran in (`farskip.async_autograd.fan_out`). An op adds
-the gradient that comes through its norm last.
+(`farskip.fusion`). Each value is handed out as one alias per use, so that in backward the gradients of its uses are
+added in program order whatever order the stages ran in (`farskip.async_autograd.fan_out`). An op adds the gradient that
+comes through its norm last.
 
 Source: the bracketing is that of ordinary models and of Instella-MoE (arXiv 2609.00791).
 """
