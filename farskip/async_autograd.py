@@ -128,7 +128,7 @@ def fan_out(tensor: torch.Tensor, num_uses: int) -> tuple[torch.Tensor, ...]:
         num_uses: how many aliases; each may have at most two graph edges out of it, else the order inside an alias
             is autograd's own.
     """
-    if num_uses == 1 or not (torch.is_grad_enabled() and tensor.requires_grad):
+    if num_uses < 2 or not (torch.is_grad_enabled() and tensor.requires_grad):
         return (tensor,) * num_uses
     return _FanOut.apply(tensor, num_uses)
 

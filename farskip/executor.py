@@ -16,17 +16,19 @@ What this file refuses: an attention that never reaches the seam. It knows no pr
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from farskip.async_autograd import Ended, InFlight, mark_backward
+from farskip.fusion import FusionPlan, landed_layers, plan_fusions
 from farskip.reduced_residual import ReducedResidual
 from farskip.residual import GATE, MLP_NORM, ROWS, Residual, stream_uses
 from farskip.schedule import Do, Instruction, Schedule, Segment
 from farskip.simulator import StageTimes, choose_schedule
-from farskip.stage import Dispatcher, DispatchPlan, Routing, SubBlocks, TensorParallel
+from farskip.stage import Dispatcher, DispatchPlan, Norm, Routing, StreamKernels, SubBlocks, TensorParallel
 from farskip.stage_graph import (
     ATTENTION_CORE,
     ATTENTION_IN,
@@ -68,6 +70,9 @@ class Executor:
         mode: ``serial`` or ``overlapped``.
         times: stage times by which the overlapped schedule is chosen.
 
+    Attributes:
+        stream_kernels: ops that form sums of the stream together with their norms; None: plain adds, the model's norms.
+
     Raises:
         ValueError: the wiring does not fit the model, or the mode is unknown.
     """
@@ -98,7 +103,9 @@ class Executor:
         self.uses = stream_uses(self.inputs)
         self.observers: list[Observer] = []
         self.routing_hook: RoutingHook | None = None
+        self.stream_kernels: StreamKernels | None = None
         self._schedules: dict[tuple[Segment, ...], Schedule] = {}
+        self._fusion_plans: dict[Segment, tuple[Schedule, frozenset[Norm], FusionPlan]] = {}
         self.schedule()  # refuses an unknown mode now, not at the first batch
 
     @property
@@ -147,13 +154,22 @@ class Executor:
             Both streams behind the segment, nothing in flight.
         """
         steps = schedule.of_segment(segment)
+        plan = self._fusion_plan(schedule, segment, x_BSD)
         runs = 0
 
         def run(x_BSD: torch.Tensor, n_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal runs
             runs += 1
             return _SegmentRun(
-                self, steps, segment, x_BSD, n_BSD, arguments, recomputing=runs > 1, serial=schedule.mode == "serial"
+                self,
+                steps,
+                plan,
+                segment,
+                x_BSD,
+                n_BSD,
+                arguments,
+                recomputing=runs > 1,
+                serial=schedule.mode == "serial",
             ).run()
 
         if not recompute:
@@ -161,6 +177,19 @@ class Executor:
         # Without early stop the recomputation ends where the forward ended: every launch has met its wait.
         with set_checkpoint_early_stop(False):
             return checkpoint(run, x_BSD, n_BSD, use_reentrant=False)
+
+    def _fusion_plan(self, schedule: Schedule, segment: Segment, x_BSD: torch.Tensor) -> FusionPlan:
+        """Which sums a segment forms together with their norms. The last plan is kept: generation asks every token."""
+        if self.stream_kernels is None or self.tensor_parallel is not None:
+            return FusionPlan(self.uses, {})
+        fusible = self.stream_kernels.fusible(segment.start, segment.stop, x_BSD)
+        known = self._fusion_plans.get(segment)
+        if known is not None and known[0] is schedule and known[1] == fusible:
+            return known[2]
+        landed = landed_layers(schedule.of_segment(segment))
+        plan = plan_fusions(self.inputs, self.uses, segment.start, segment.stop, fusible, landed)
+        self._fusion_plans[segment] = schedule, fusible, plan
+        return plan
 
 
 class _SegmentRun:
@@ -170,6 +199,7 @@ class _SegmentRun:
         self,
         executor: Executor,
         steps: tuple[Instruction, ...],
+        plan: FusionPlan,
         segment: Segment,
         x_BSD: torch.Tensor,
         n_BSD: torch.Tensor,
@@ -184,9 +214,14 @@ class _SegmentRun:
         self._arguments = arguments
         self._recomputing = recomputing
         self._residual: Any
-        stream = (executor.inputs, executor.uses, segment.start, segment.stop, x_BSD, n_BSD)
+        stream = (executor.inputs, plan.uses, segment.start, segment.stop, x_BSD, n_BSD)
         if executor.tensor_parallel is None:
-            self._residual = Residual(*stream, fixed_order=executor.graph.has_collectives)
+            self._residual = Residual(
+                *stream,
+                fixed_order=executor.graph.has_collectives,
+                fusions=plan.fusions,
+                kernels=executor.stream_kernels,
+            )
         else:
             self._residual = ReducedResidual(
                 executor.graph, *stream, ranks=executor.tensor_parallel, blocking=serial, notify=self._notify
@@ -242,7 +277,7 @@ class _SegmentRun:
         """Both stages of attention; between them, in the seam, whatever the list has there."""
         layer = key_in.layer
         block, core = self._executor.sub_blocks[layer], Key(layer, ATTENTION_CORE)
-        stream_BSD = self._residual.read(layer, self._executor.inputs[layer].source(ATTENTION), ATTENTION)
+        source = self._executor.inputs[layer].source(ATTENTION)
         ended = self._begin(key_in)
         reached_core: list[Ended] = []
 
@@ -256,8 +291,8 @@ class _SegmentRun:
             query, key, value = self._mark_inputs(core, query, key, value)
             return query, key, value
 
-        (stream_BSD,) = self._mark_inputs(key_in, stream_BSD)
-        output_BSD = block.attention(block.attention_norm(stream_BSD), seam, self._arguments[layer])
+        (normed_BSD,) = self._normed(key_in, Norm(layer, ATTENTION), source, ATTENTION)
+        output_BSD = block.attention(normed_BSD, seam, self._arguments[layer])
         if len(reached_core) != 1:
             raise RuntimeError(
                 f"layer {layer}: attention called the seam {len(reached_core)} times instead of once; its attention "
@@ -278,25 +313,27 @@ class _SegmentRun:
         """A sub-block that is one stage: normed stream in, output out."""
         source = self._executor.inputs[key.layer].source(block)
         ended = self._begin(key)
-        (normed_BSD,) = self._normed(key, source, block)
+        (normed_BSD,) = self._normed(key, Norm(key.layer, MLP_NORM), source, block)
         (output_BSD,) = self._mark_outputs(key, compute(normed_BSD))
         ended()
         self._residual.put(key.layer, block, output_BSD)
 
-    def _normed(self, key: Key, source: Source, *uses: str) -> tuple[torch.Tensor, ...]:
-        """The normed MLP input, one alias per use. Whoever comes first does the norm, once per stream that is read."""
-        layer, first = key.layer, not self._residual.has_normed(key.layer, source)
-        if first:
-            (stream_BSD,) = self._mark_inputs(key, self._residual.read(layer, source, MLP_NORM))
-            self._residual.put_normed(layer, source, self._executor.sub_blocks[layer].mlp_norm(stream_BSD))
-        aliases = tuple(self._residual.read_normed(layer, source, use) for use in uses)
+    def _normed(self, key: Key, norm: Norm, source: Source, *uses: str) -> tuple[torch.Tensor, ...]:
+        """The normed stream, one alias per use. Whoever comes first does the norm, once per stream that is read."""
+        residual, block, layer = self._residual, self._executor.sub_blocks[norm.layer], norm.layer
+        which = ATTENTION if norm.name == ATTENTION else source
+        first, mark = not residual.has_normed(layer, which), partial(self._mark_inputs, key)
+        if first and not residual.form_normed(layer, which, mark):
+            compute = block.attention_norm if norm.name == ATTENTION else block.mlp_norm
+            residual.put_normed(layer, which, compute(residual.read(layer, source, norm.name, mark)))
+        aliases = tuple(residual.read_normed(layer, which, use) for use in uses)
         return aliases if first else self._mark_inputs(key, *aliases)
 
     def _route(self, key: Key) -> None:
         executor, layer = self._executor, key.layer
         source = executor.inputs[layer].source(ROUTED)
         ended = self._begin(key)
-        for_gate_BSD, for_rows_BSD = map(self._share, self._normed(key, source, GATE, ROWS))
+        for_gate_BSD, for_rows_BSD = map(self._share, self._normed(key, Norm(layer, MLP_NORM), source, GATE, ROWS))
         routing = executor.sub_blocks[layer].route(for_gate_BSD)
         if executor.routing_hook is not None:
             routing = executor.routing_hook(layer, routing, self._recomputing)

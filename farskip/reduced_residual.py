@@ -19,7 +19,7 @@ from farskip.autograd_order import entry_points
 from farskip.chain import Chain, Point
 from farskip.pending import Pending
 from farskip.reduction_autograd import GradientSum, enter, fill, join, tap
-from farskip.residual import Residual, Uses
+from farskip.residual import Mark, Residual, Uses
 from farskip.stage import TensorParallel
 from farskip.stage_graph import REDUCE, Key, StageGraph, gradient_of
 from farskip.wiring import LayerBlocks, LayerInputs, Source
@@ -99,6 +99,7 @@ class ReducedResidual(Residual):
     ) -> None:
         assert graph.chain is not None
         self._inputs, self._uses, self._stop, self._fixed_order = inputs, uses, stop, True
+        self._fusions, self._kernels = {}, None  # sums are made by all-reduces
         self._aliases = {}
         self._chain, self._ranks, self._notify = graph.chain, ranks, notify
         self._layout = _layout_of(graph.chain, start, stop, self._leaves_partial())
@@ -115,10 +116,10 @@ class ReducedResidual(Residual):
             entering_BSD = x_BSD if point == self._newest else n_BSD
             self._streams[point] = enter(entering_BSD, self._gradients.get(point))
 
-    def read(self, layer: int, source: Source, use: str) -> torch.Tensor:
+    def read(self, layer: int, source: Source, use: str, mark: Mark = lambda *tensors: tensors) -> torch.Tensor:
         """See `Residual.read`; behind a tap."""
         point = self._chain.point(layer, source)
-        return tap(self._use(point), self._gradients[point], self._layout.taps[point, layer, use])
+        return mark(tap(self._use(point), self._gradients[point], self._layout.taps[point, layer, use]))[0]
 
     def put(self, layer: int, block: str, output_BSD: torch.Tensor) -> None:
         """Hand over the partial output of a sub-block."""

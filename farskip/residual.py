@@ -5,23 +5,28 @@
     x' = y + (r + s)                r: routed experts
     x' = y + m                      m: dense MLP
 
-A sum is formed when it is first read. Each value is handed out as one alias per use, so that in backward the gradients
-of its uses are added in program order whatever order the stages ran in (`farskip.async_autograd.fan_out`).
+A sum is formed when it is first read; where kernels are at hand, in one op with the norm that reads it, as a plan says
+(`farskip.fusion`). Each value is handed out as one alias per use, so that in backward the gradients of its uses are
+added in program order whatever order the stages ran in (`farskip.async_autograd.fan_out`). An op adds the gradient that
+comes through its norm last.
 
 Source: the bracketing is that of ordinary models and of Instella-MoE (arXiv 2609.00791).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 from farskip.async_autograd import fan_out
 from farskip.chain import MLP_NORM as MLP_NORM
+from farskip.stage import Norm, StreamKernels
 from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, LayerInputs, Source
 
 GATE, ROWS = "gate", "rows"
-_ADD_Y, _ADD_X, _ADD_N, _OUT = "add_y", "add_x", "add_n", "out"
+ADD_Y, ADD_X, ADD_N, _OUT = "add_y", "add_x", "add_n", "out"
 _NORMED = "normed_"
 
 
@@ -35,12 +40,44 @@ class Value(NamedTuple):
 Uses = Mapping[Value, tuple[str, ...]]
 
 
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """One op that forms values of the stream together with the norms that read them.
+
+    Attributes:
+        op: the method of `farskip.stage.StreamKernels`.
+        takes: the values that it adds up, each with the use that this is; in the op's order.
+        makes: what it returns: one sum, and a normed value per norm.
+        norms: the norms.
+    """
+
+    op: str
+    takes: tuple[tuple[Value, str], ...]
+    makes: tuple[Value, ...]
+    norms: tuple[Norm, ...]
+
+
+_NO_FUSIONS: Mapping[Value, Fusion] = MappingProxyType({})
+
+Mark = Callable[..., tuple[torch.Tensor, ...]]
+"""Called with the tensors that a stage takes in; returns the same ones."""
+
+
+def _unmarked(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tensors
+
+
+def normed_value(norm: Norm, stream: Value) -> Value:
+    """The normed form of a value of the stream. Attention reads one value, the norm behind it up to three."""
+    return Value(norm.layer, _NORMED + (ATTENTION if norm.name == ATTENTION else stream.name))
+
+
 def stream_uses(inputs: Sequence[LayerInputs]) -> Uses:
     """For every value of the stream, what uses it, in program order: the order in which gradients are added."""
     uses: dict[Value, tuple[str, ...]] = {}
     for layer, here in enumerate(inputs):
         after = inputs[layer + 1] if layer + 1 < len(inputs) else None
-        base = _partial_base(here.blocks, after.left_out) if after and after.left_out else None
+        base = partial_base(here.blocks, after.left_out) if after and after.left_out else None
         mlp_sources = {here.source(block) for block in here.blocks if block != ATTENTION}
 
         def readers(source: Source, mlp_sources: set[Source] = mlp_sources, here: LayerInputs = here) -> list[str]:
@@ -48,17 +85,18 @@ def stream_uses(inputs: Sequence[LayerInputs]) -> Uses:
             return found + ([MLP_NORM] if source in mlp_sources else [])
 
         full = readers(Source.FULL)
-        full.insert(1 if ATTENTION in full else 0, _ADD_Y)
-        uses[Value(layer, Source.FULL)] = (*full, *([_ADD_N] if base == "x" else []))
+        full.insert(1 if ATTENTION in full else 0, ADD_Y)
+        uses[Value(layer, Source.FULL)] = (*full, *([ADD_N] if base == "x" else []))
         uses[Value(layer, Source.PARTIAL)] = tuple(readers(Source.PARTIAL))
         uses[Value(layer, Source.AFTER_ATTENTION)] = (
             *readers(Source.AFTER_ATTENTION),
-            _ADD_X,
-            *([_ADD_N] if base in ("y", "y+s") else []),
+            ADD_X,
+            *([ADD_N] if base in ("y", "y+s") else []),
         )
-        uses[Value(layer, SHARED)] = (_ADD_X, *([_ADD_N] if base == "y+s" else []))
+        uses[Value(layer, SHARED)] = (ADD_X, *([ADD_N] if base == "y+s" else []))
         for block in (ATTENTION, MLP, ROUTED):
-            uses[Value(layer, block)] = (_ADD_X,)
+            uses[Value(layer, block)] = (ADD_X,)
+        uses[Value(layer, _NORMED + ATTENTION)] = (ATTENTION,)
         for source in mlp_sources:
             wanted: list[str] = []
             for block, names in ((MLP, (MLP,)), (ROUTED, (GATE, ROWS)), (SHARED, (SHARED,))):
@@ -68,7 +106,7 @@ def stream_uses(inputs: Sequence[LayerInputs]) -> Uses:
     return uses
 
 
-def _partial_base(blocks: tuple[str, ...], left_out: tuple[str, ...]) -> str:
+def partial_base(blocks: tuple[str, ...], left_out: tuple[str, ...]) -> str:
     """What n is made of, at the entry of the layer after one with these sub-blocks: x, y or y+s of that layer."""
     if ATTENTION in left_out:
         return "x"
@@ -80,12 +118,14 @@ class Residual:
 
     Args:
         inputs: the resolved wiring of the whole model.
-        uses: `stream_uses(inputs)`.
+        uses: `stream_uses(inputs)`, or what a plan leaves of it.
         start: first layer.
         stop: one past the last layer.
         x_BSD: full stream at the entry of `start`.
         n_BSD: the stream that leaves something out there; ignored where nothing is left out.
         fixed_order: whether gradients are added in program order; needed only where stages can move.
+        fusions: the op that makes a value; those without one are added up here.
+        kernels: has the ops.
     """
 
     def __init__(
@@ -98,35 +138,63 @@ class Residual:
         n_BSD: torch.Tensor,
         *,
         fixed_order: bool,
+        fusions: Mapping[Value, Fusion] = _NO_FUSIONS,
+        kernels: StreamKernels | None = None,
     ) -> None:
         self._inputs = inputs
         self._uses = uses
         self._stop = stop
         self._fixed_order = fixed_order
+        self._fusions = fusions
+        self._kernels = kernels
         self._aliases: dict[Value, dict[str, torch.Tensor]] = {}
         self._offer(Value(start, Source.FULL), x_BSD)
         if inputs[start].left_out:
             self._offer(Value(start, Source.PARTIAL), n_BSD)
 
-    def read(self, layer: int, source: Source, use: str) -> torch.Tensor:
-        """The alias of a stream value for one use; forms the value if this is its first use."""
-        return self._take(Value(layer, source), use)
+    def read(self, layer: int, source: Source, use: str, mark: Mark = _unmarked) -> torch.Tensor:
+        """The alias of a stream value for one use; forms the value if this is its first use.
+
+        Args:
+            layer: whose entry or middle the value stands at.
+            source: which value.
+            use: the use.
+            mark: called with what the reader takes in: the terms, if an op forms the value now, else the value.
+        """
+        value = Value(layer, source)
+        if value in self._fusions and value not in self._aliases:
+            self._run(self._fusions[value], mark)
+            return self._take(value, use)
+        return mark(self._take(value, use))[0]
 
     def put(self, layer: int, block: str, output_BSD: torch.Tensor) -> None:
         """Hand over the output of a sub-block."""
         self._offer(Value(layer, block), output_BSD)
 
-    def put_normed(self, layer: int, source: Source, normed_BSD: torch.Tensor) -> None:
-        """Hand over the normed form of a stream value, the common input of router, shared and routed experts."""
-        self._offer(Value(layer, _NORMED + source), normed_BSD)
+    def form_normed(self, layer: int, which: str, mark: Mark) -> bool:
+        """Form a normed value together with its sum, if there is an op for that.
 
-    def has_normed(self, layer: int, source: Source) -> bool:
-        """Whether `put_normed` was called."""
-        return Value(layer, _NORMED + source) in self._aliases
+        Args:
+            layer: whose norm.
+            which: `ATTENTION` for its input, or the `Source` that MLP, router, shared and routed experts read.
+            mark: called with what the op takes in.
+        """
+        fusion = self._fusions.get(Value(layer, _NORMED + which))
+        if fusion is not None:
+            self._run(fusion, mark)
+        return fusion is not None
 
-    def read_normed(self, layer: int, source: Source, use: str) -> torch.Tensor:
+    def put_normed(self, layer: int, which: str, normed_BSD: torch.Tensor) -> None:
+        """Hand over a normed value for which there is no op; see `form_normed`."""
+        self._offer(Value(layer, _NORMED + which), normed_BSD)
+
+    def has_normed(self, layer: int, which: str) -> bool:
+        """Whether a normed value is there."""
+        return Value(layer, _NORMED + which) in self._aliases
+
+    def read_normed(self, layer: int, which: str, use: str) -> torch.Tensor:
         """The alias of a normed value for one use."""
-        return self._take(Value(layer, _NORMED + source), use)
+        return self._take(Value(layer, _NORMED + which), use)
 
     def leave(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Both streams behind the last layer; the same tensor twice where nothing is left out there."""
@@ -144,27 +212,38 @@ class Residual:
 
     def _take(self, value: Value, use: str) -> torch.Tensor:
         if value not in self._aliases:
-            self._offer(value, self._form(value))
+            if value in self._fusions:
+                self._run(self._fusions[value], _unmarked)
+            else:
+                self._offer(value, self._form(value))
         return self._aliases[value].pop(use)
 
+    def _run(self, fusion: Fusion, mark: Mark) -> None:
+        """Form values by an op."""
+        terms = mark(*(self._take(value, use) for value, use in fusion.takes))
+        made = getattr(self._kernels, fusion.op)(fusion.norms, *terms)
+        for value, tensor in zip(fusion.makes, made, strict=True):
+            self._offer(value, tensor)
+
     def _form(self, value: Value) -> torch.Tensor:
-        """The bracketing. The only place where sub-block outputs are added to the stream."""
+        """The bracketing, where no op forms the value. With the ops, whose bracketing is the same, the only place where
+        sub-block outputs are added to the stream."""
         layer, name = value
         if name == Source.AFTER_ATTENTION:
-            return self._take(Value(layer, Source.FULL), _ADD_Y) + self._take(Value(layer, ATTENTION), _ADD_X)
+            return self._take(Value(layer, Source.FULL), ADD_Y) + self._take(Value(layer, ATTENTION), ADD_X)
         before = layer - 1
         blocks = self._inputs[before].blocks
         if name == Source.FULL:
-            y_BSD = self._take(Value(before, Source.AFTER_ATTENTION), _ADD_X)
+            y_BSD = self._take(Value(before, Source.AFTER_ATTENTION), ADD_X)
             if MLP in blocks:
-                return y_BSD + self._take(Value(before, MLP), _ADD_X)
-            routed_BSD = self._take(Value(before, ROUTED), _ADD_X)
+                return y_BSD + self._take(Value(before, MLP), ADD_X)
+            routed_BSD = self._take(Value(before, ROUTED), ADD_X)
             if SHARED in blocks:
-                return y_BSD + (routed_BSD + self._take(Value(before, SHARED), _ADD_X))
+                return y_BSD + (routed_BSD + self._take(Value(before, SHARED), ADD_X))
             return y_BSD + routed_BSD
         assert name == Source.PARTIAL, f"{value} was read before it was put"
-        base = _partial_base(blocks, self._inputs[layer].left_out)
+        base = partial_base(blocks, self._inputs[layer].left_out)
         if base == "x":
-            return self._take(Value(before, Source.FULL), _ADD_N)
-        y_BSD = self._take(Value(before, Source.AFTER_ATTENTION), _ADD_N)
-        return y_BSD if base == "y" else y_BSD + self._take(Value(before, SHARED), _ADD_N)
+            return self._take(Value(before, Source.FULL), ADD_N)
+        y_BSD = self._take(Value(before, Source.AFTER_ATTENTION), ADD_N)
+        return y_BSD if base == "y" else y_BSD + self._take(Value(before, SHARED), ADD_N)

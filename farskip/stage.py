@@ -9,7 +9,7 @@ Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E ex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -43,6 +43,61 @@ class Routing:
     weights_TK: torch.Tensor
     experts_TK: torch.Tensor
     weight_on: WeightOn = WeightOn.OUTPUT
+
+
+class Norm(NamedTuple):
+    """One norm of a layer: that of attention, or the one in front of MLP, router, shared and routed experts.
+
+    Attributes:
+        layer: the layer that it belongs to.
+        name: ``attention`` or ``mlp_norm``.
+    """
+
+    layer: int
+    name: str
+
+
+class StreamKernels(Protocol):
+    """Ops that form sums of the residual stream together with the norms that read them, in one pass over memory.
+
+    Each takes the norms first, then the terms, all [B, S, D] of one dtype, and returns the sum and its normed forms. It
+    rounds every sum to that dtype, in the bracketing of `farskip.residual`; `release_both` equals `release_attention`
+    and `release_router` in every bit. Names: x, y, n of a layer are streams, a, s, r outputs of its sub-blocks, x', n'
+    streams of the next layer.
+    """
+
+    def fusible(self, start: int, stop: int, stream_BSD: torch.Tensor) -> frozenset[Norm]:
+        """The norms of layers start..stop-1 that the ops compute, for a stream of this dtype and device."""
+        ...
+
+    def add_norm(
+        self, norms: tuple[Norm], x_BSD: torch.Tensor, a_BSD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + a and its norm."""
+        ...
+
+    def release_attention(
+        self, norms: tuple[Norm], x_BSD: torch.Tensor, a_BSD: torch.Tensor, s_BSD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """y = x + a and the norm of n' = y + s."""
+        ...
+
+    def release_router(
+        self, norms: tuple[Norm], y_BSD: torch.Tensor, r_BSD: torch.Tensor, s_BSD: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x' = y + (r + s), or y + r, and its norm."""
+        ...
+
+    def release_both(
+        self,
+        norms: tuple[Norm, Norm],
+        x_BSD: torch.Tensor,
+        a_BSD: torch.Tensor,
+        r_BSD: torch.Tensor,
+        s_BSD: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x' = (x + a) + (r + s), the norm of n' = (x + a) + s, and that of x'."""
+        ...
 
 
 class SubBlocks(Protocol):

@@ -90,8 +90,8 @@ class ParallelConfig:
     """Rows that an expert takes from one rank, layer and chunk; later ones are dropped. Then ranks exchange no counts
     and the host waits for none. 0: no limit, nothing is dropped."""
     kernels: Kernels = Kernels.auto
-    """Fused kernels for routers and routed experts. auto: on CUDA in bf16; triton: or an error that says why not;
-    reference: their plain-torch twins, on any device; off: transformers' own code."""
+    """Fused kernels for routers, routed experts, norms and the residual stream. auto: on CUDA, the former two in bf16;
+    triton: or an error that says why not; reference: their plain-torch twins, on any device; off: none of them."""
     link: LinkConfig = field(default_factory=LinkConfig)
 
     def check(self) -> None:

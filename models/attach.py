@@ -135,6 +135,9 @@ class _Call:
 
 def attach(model: Any, executor: Executor) -> Attachment:
     """Make the executor run the model's layers. Replaces an executor that is already attached."""
+    from farskip.models.kernels import stream_kernels_of
+
+    executor.stream_kernels = stream_kernels_of(model)
     previous = attachment_of(model)
     if previous is not None:
         if previous.recomputes_stages:

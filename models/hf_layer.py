@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from farskip.chain import MLP_NORM
 from farskip.models.attention_seam import seam_set
 from farskip.stage import Routing, Seam
-from farskip.wiring import DENSE, MOE, MOE_SHARED, LayerBlocks
+from farskip.wiring import ATTENTION, DENSE, MOE, MOE_SHARED, LayerBlocks
 
 
 class HFSubBlocks:
@@ -65,9 +66,22 @@ class HFSubBlocks:
         """The bias [E] that the router chooses by and does not weigh with; None if it has none."""
         return getattr(self.gate, "e_score_correction_bias", None)
 
+    @property
+    def norms(self) -> dict[str, Any]:
+        """The norm modules, by the names of `farskip.stage.Norm`."""
+        return {ATTENTION: self.layer.input_layernorm, MLP_NORM: self.layer.post_attention_layernorm}
+
+    @property
+    def bare_norms(self) -> frozenset[str]:
+        """The names of those norms that are all that `attention_norm` and `mlp_norm` now do, so that a fused op may
+        run in their place. A family that overrides one of the two is taken to do more."""
+        kind, plain = type(self), HFSubBlocks
+        bare = {ATTENTION: kind.attention_norm is plain.attention_norm, MLP_NORM: kind.mlp_norm is plain.mlp_norm}
+        return frozenset(name for name, is_bare in bare.items() if is_bare)
+
     def attention_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
         """See `SubBlocks.attention_norm`."""
-        return self.layer.input_layernorm(stream_BSD)
+        return self.norms[ATTENTION](stream_BSD)
 
     def attention(self, normed_BSD: torch.Tensor, seam: Seam, arguments: Mapping[str, Any]) -> torch.Tensor:
         """See `SubBlocks.attention`."""
@@ -76,7 +90,7 @@ class HFSubBlocks:
 
     def mlp_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
         """See `SubBlocks.mlp_norm`."""
-        return self.layer.post_attention_layernorm(stream_BSD)
+        return self.norms[MLP_NORM](stream_BSD)
 
     def mlp(self, normed_BSD: torch.Tensor) -> torch.Tensor:
         """See `SubBlocks.mlp`."""

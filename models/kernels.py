@@ -1,27 +1,34 @@
-"""The fused kernels under a transformers model: its routers and its routed experts, where they run on kernels.
+"""The fused kernels under a transformers model: its routers, routed experts, norms and residual stream run on them.
 
-A router or an experts module gets a subclass of its own class, which in each call runs kernels or what it was before:
+A router, an experts module or a layer's norm gets a subclass of its own class, which in each call runs kernels or what
+it was before; and the executor forms the sums of the stream together with the norms that read them
+(`farskip.models.stream_kernels`):
 
-    auto          kernels on CUDA in bf16, transformers' own code elsewhere
+    auto          kernels on CUDA (routers and experts: in bf16), transformers' own code elsewhere
     triton        kernels, or an error that says why not
     reference     the kernels' plain-torch twins, on any device: what the kernels compute, to test against
     off           transformers' own code
 
-The family says what its router (`Family.router`) and its experts' gate (`Family.swiglu`) compute; one that does not
-keeps its own code. Weights, names and checkpoints stay as they are.
+The family says what its router (`Family.router`) and its experts' gate (`Family.swiglu`) compute, and
+`farskip.models.norm_rule` what norms do; what is not said keeps its own code. Weights, names and checkpoints stay as
+they are.
 
 Legend: T tokens, K experts per token, E experts, D hidden, I expert's intermediate size, R rows.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from farskip.models.hf_layer import HFSubBlocks
+from farskip.models.norm_rule import is_known, norm_rule
 from farskip.models.router_rule import RouterRule
+from farskip.models.stream_kernels import HFStreamKernels, stream_backend, why_norm_is_called
+from farskip.triton_kernels.add_rms_norm import rms_norm
 from farskip.triton_kernels.backend import choose_backend
 from farskip.triton_kernels.dispatch_map import dispatch_map
 from farskip.triton_kernels.down_combine import down_combine
@@ -54,7 +61,7 @@ def setting_of(model: Any) -> str:
 
 
 def use_kernels(model: Any, setting: str = "auto") -> None:
-    """Have the routers and routed experts of a model run on the fused kernels, or no longer.
+    """Have the routers, routed experts, norms and stream of a model run on the fused kernels, or no longer.
 
     Args:
         model: a transformers model of a known family, rewired, parallel or neither.
@@ -71,6 +78,9 @@ def use_kernels(model: Any, setting: str = "auto") -> None:
     model.__dict__[_SETTING] = setting
     for layer in layers_of(model):
         block = family.sub_blocks(layer)
+        for norm in block.norms.values():
+            if is_known(norm):
+                _swap(norm, _fused_norm, setting, None)
         if block.experts is None:
             continue
         if family.router is not None:
@@ -79,8 +89,23 @@ def use_kernels(model: Any, setting: str = "auto") -> None:
         if gate is not None:
             _swap(block.experts, _fused_experts, setting, gate)
     attachment = attachment_of(model)
-    if attachment is not None and attachment.executor.dispatcher is not None:
+    if attachment is None:
+        return
+    attachment.executor.stream_kernels = stream_kernels_of(model)
+    if attachment.executor.dispatcher is not None:
         attachment.executor.dispatcher.backend = dispatcher_backend(setting)  # type: ignore[attr-defined]
+
+
+def stream_kernels_of(model: Any) -> HFStreamKernels | None:
+    """What an executor over this model forms sums of the stream with; None for plain adds."""
+    from farskip.models.attach import layers_of
+    from farskip.models.family import family_of_model
+
+    setting = model.__dict__.get(_SETTING, "off")
+    if setting == "off":
+        return None
+    family = family_of_model(model)
+    return HFStreamKernels([family.sub_blocks(layer) for layer in layers_of(model)], setting)
 
 
 def kernels_line(model: Any, setting: str) -> str:
@@ -90,15 +115,36 @@ def kernels_line(model: Any, setting: str) -> str:
 
     family = family_of_model(model)
     blocks = [family.sub_blocks(layer) for layer in layers_of(model)]
+    parts = []
     moe = next((block for block in blocks if block.experts is not None), None)
-    if moe is None:
-        return "kernels: none, the model has no routed experts"
-    weight = next(iter(moe.experts.parameters()))  # type: ignore[union-attr]
-    chosen = _backend(setting, weight) or "transformers"
-    rows = choose_backend(dispatcher_backend(setting), weight)
-    router = chosen if family.router is not None else "transformers"
-    experts = chosen if family.swiglu is not None and family.swiglu(moe.experts) is not None else "transformers"
-    return f"kernels: router {router}, experts {experts}, rows between ranks {rows} (kernels={setting})"
+    if moe is not None:
+        weight = next(iter(moe.experts.parameters()))  # type: ignore[union-attr]
+        chosen = _backend(setting, weight) or "transformers"
+        router = chosen if family.router is not None else "transformers"
+        experts = chosen if family.swiglu is not None and family.swiglu(moe.experts) is not None else "transformers"
+        rows = choose_backend(dispatcher_backend(setting), weight)
+        parts = [f"router {router}, experts {experts}, rows between ranks {rows}"]
+    return f"kernels: {', '.join([*parts, _streams_part(model, setting, blocks)])} (kernels={setting})"
+
+
+def _streams_part(model: Any, setting: str, blocks: Sequence[HFSubBlocks]) -> str:
+    """What adds and norms the residual stream."""
+    from farskip.models.attach import attachment_of
+
+    norms = [(layer, block, name) for layer, block in enumerate(blocks) for name in block.norms]
+    stream: torch.Tensor = model.get_input_embeddings().weight  # as it begins
+    chosen = stream_backend(setting, stream)
+    reasons = ((layer, why_norm_is_called(block, name, stream)) for layer, block, name in norms)
+    called = [f"layer {layer}: {why}" for layer, why in reasons if why is not None]
+    if chosen is None or len(called) == len(norms):
+        return "streams and norms transformers" + (f" ({called[0]})" if chosen else "")
+    some = f" but {len(called)} of {len(norms)} norms ({called[0]})" if called else ""
+    attachment = attachment_of(model)
+    if attachment is None:
+        return f"norms {chosen}{some}"
+    if attachment.executor.tensor_parallel is not None:
+        return f"norms {chosen}{some}, streams added at all-reduces"
+    return f"streams and norms {chosen}{some}"
 
 
 def _swap(module: Any, make: Any, setting: str, rule: Any) -> None:
@@ -147,6 +193,20 @@ def _fused_router(router_class: Any) -> type:
         return logits_TE, routing.weights, routing.experts
 
     return type(router_class.__name__, (router_class,), {"forward": forward, "__module__": router_class.__module__})
+
+
+@cache
+def _fused_norm(norm_class: Any) -> type:
+    """A subclass of a norm's class that may run `rms_norm`. One per class, so that types compare."""
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        backend = stream_backend(self.__dict__[_SETTING], hidden_states)
+        if backend is None or self.weight.dtype != hidden_states.dtype or not is_known(self):  # not: subclassed since
+            return norm_class.forward(self, hidden_states)
+        rule = norm_rule(self)
+        return rms_norm(hidden_states, rule.weight, rule.eps, unit_offset=rule.unit_offset, backend=backend)
+
+    return type(norm_class.__name__, (norm_class,), {"forward": forward, "__module__": norm_class.__module__})
 
 
 @cache

@@ -1,8 +1,9 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Dispatch maps in Triton: a counting sort in two launches, without atomics and without asking the device anything.
 
-Decides: each program owns a run of consecutive slots. The first kernel counts them per expert. In the second, every
-program adds up the counts of all programs before its own: cheaper than a third kernel that would do it for everyone.
+Decides: each program owns a run of consecutive slots. The first kernel counts them per expert, and marks a run of rows
+as without a slot, which any row may turn out to be. In the second, every program adds up the counts of all programs
+before its own: cheaper than a third kernel that would do it for everyone.
 A slot's rank inside its block is a cumulative sum over a one-hot matrix, hence stable.
 
 Legend: T tokens, K experts per token, E experts, R rows, N programs.
@@ -24,14 +25,21 @@ MAX_PROGRAMS = 3 if INTERPRETING else 128
 def count_slots_kernel(
     experts_ptr,
     tile_counts_ptr,
+    src_ptr,
     num_slots,
+    num_rows,
     tile_slots,
+    tile_rows,
     NUM_EXPERTS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
-    """Count one program's slots per expert."""
+    """Count one program's slots per expert, and mark its rows as without a slot."""
     tile = tl.program_id(0)
+    for start in range(0, tile_rows, BLOCK_ROWS):
+        row = tile * tile_rows + start + tl.arange(0, BLOCK_ROWS)
+        tl.store(src_ptr + row, tl.full([BLOCK_ROWS], -1, tl.int32), mask=row < num_rows)
     expert = tl.arange(0, BLOCK_EXPERTS)
     count = tl.zeros([BLOCK_EXPERTS], tl.int32)
     for start in range(0, tile_slots, BLOCK_SLOTS):
@@ -101,14 +109,16 @@ def dispatch_map_triton(
     """See `dispatch_map_reference`. `experts_TK` contiguous."""
     num_slots = experts_TK.numel()
     device = experts_TK.device
-    src_R = torch.full(
-        (num_rows_bound(num_slots, num_experts, alignment, capacity),), -1, dtype=torch.int32, device=device
-    )
+    num_rows = num_rows_bound(num_slots, num_experts, alignment, capacity)
     dst_TK = torch.empty(experts_TK.shape, dtype=torch.int32, device=device)
     if num_slots == 0:
         counts_E = torch.zeros(num_experts, dtype=torch.int32, device=device)
+        src_R = torch.full((num_rows,), -1, dtype=torch.int32, device=device)
         return counts_E, counts_E.clone(), counts_E.clone(), dst_TK, src_R
-    counts_E, offsets_E, padded_offsets_E = torch.empty(3, num_experts, dtype=torch.int32, device=device).unbind(0)
+    src_R = torch.empty(num_rows, dtype=torch.int32, device=device)
+    counts_E, offsets_E, padded_offsets_E = (
+        torch.empty(num_experts, dtype=torch.int32, device=device) for _ in range(3)
+    )
     block_experts = triton.next_power_of_2(num_experts)
     block_slots = max(1, min(1024, (2**17 if INTERPRETING else 2**13) // block_experts))
     tile_slots = triton.cdiv(triton.cdiv(num_slots, MAX_PROGRAMS), block_slots) * block_slots
@@ -116,7 +126,18 @@ def dispatch_map_triton(
     tile_counts_NE = torch.empty(num_tiles, num_experts, dtype=torch.int32, device=device)
     blocks = {"NUM_EXPERTS": num_experts, "BLOCK_EXPERTS": block_experts, "BLOCK_SLOTS": block_slots}
     with on_device(experts_TK):
-        count_slots_kernel[(num_tiles,)](experts_TK, tile_counts_NE, num_slots, tile_slots, **blocks, num_warps=4)
+        count_slots_kernel[(num_tiles,)](
+            experts_TK,
+            tile_counts_NE,
+            src_R,
+            num_slots,
+            num_rows,
+            tile_slots,
+            triton.cdiv(num_rows, num_tiles),
+            **blocks,
+            BLOCK_ROWS=1024,
+            num_warps=4,
+        )
         place_slots_kernel[(num_tiles,)](
             experts_TK,
             tile_counts_NE,
@@ -134,5 +155,4 @@ def dispatch_map_triton(
             BLOCK_TILES=max(1, min(32, 8192 // block_experts)),
             num_warps=4,
         )
-    # outputs of one op must not share memory
-    return counts_E, offsets_E.clone(), padded_offsets_E.clone(), dst_TK, src_R
+    return counts_E, offsets_E, padded_offsets_E, dst_TK, src_R

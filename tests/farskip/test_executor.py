@@ -1,7 +1,8 @@
 """The executor on toy sub-blocks and a fake link: every placement, wiring and cut computes the same bits, in order."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,10 +12,15 @@ from farskip.executor import Executor
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.testing_links import Delay, FakeLink, at_wait, random_delay
 from farskip.recorder import Recorder
+from farskip.residual import MLP_NORM
 from farskip.schedule import Do, Instruction, Segment, build_schedule, even_segments
 from farskip.simulator import placements
-from farskip.stage import Routing, Seam
-from farskip.wiring import DENSE, MOE, MOE_SHARED, LayerBlocks, LayerWiring, Wiring
+from farskip.stage import Norm, Routing, Seam
+from farskip.triton_kernels.add_rms_norm import add_rms_norm
+from farskip.triton_kernels.release_attention import release_attention
+from farskip.triton_kernels.release_both import release_both
+from farskip.triton_kernels.release_router import release_router
+from farskip.wiring import ATTENTION, DENSE, MOE, MOE_SHARED, LayerBlocks, LayerWiring, Wiring
 
 NAMES = ("ordinary", "farskip", "attn_only", "parallel", "ladder")
 MIX = (DENSE, MOE_SHARED, MOE, MOE_SHARED)
@@ -23,6 +29,7 @@ SHARED_READS_ALL = Wiring((LayerWiring(attention=("previous.routed",), routed=("
 """Farskip whose shared expert waits for attention: y has three uses whose order a placement can change."""
 WIRINGS = [Wiring.named(name, 4) for name in NAMES] + [Wiring.named("farskip", 4, [1, 3]), SC_MOE, SHARED_READS_ALL]
 EXPERTS, TOP_K, WIDTH = 4, 2, 8
+EPS = 1e-6
 
 
 class ToyBlocks:
@@ -41,13 +48,18 @@ class ToyBlocks:
                 **dict.fromkeys(("query", "key", "value", "output", "mlp", "up", "shared"), (WIDTH,)),
                 "gate": (EXPERTS,),
                 "experts": (EXPERTS, WIDTH),
+                **dict.fromkeys((ATTENTION, MLP_NORM), ()),
             }.items()
         }
 
     def attention_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
-        return stream_BSD * (stream_BSD.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return self.norm(ATTENTION, stream_BSD)
 
-    mlp_norm = attention_norm
+    def mlp_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
+        return self.norm(MLP_NORM, stream_BSD)
+
+    def norm(self, name: str, stream_BSD: torch.Tensor) -> torch.Tensor:
+        return stream_BSD * (stream_BSD.square().mean(-1, keepdim=True) + EPS).rsqrt() * self.parameters[name]
 
     def attention(self, normed_BSD: torch.Tensor, seam: Seam, arguments: Mapping[str, Any]) -> torch.Tensor:
         weights = self.parameters
@@ -75,6 +87,33 @@ class ToyBlocks:
         return torch.einsum("rd,rdf->rf", rows_RD, self.parameters["experts"][expert_R]).tanh()
 
 
+class ToyKernels:
+    """The plain twins of the fused ops over the norms of toy sub-blocks."""
+
+    def __init__(self, layers: Sequence[ToyBlocks], called: Collection[Norm] = ()) -> None:
+        self.layers, self.called, self.ops = layers, called, Counter[str]()
+
+    def fusible(self, start: int, stop: int, stream_BSD: torch.Tensor) -> frozenset[Norm]:
+        norms = {Norm(layer, name) for layer in range(start, stop) for name in (ATTENTION, MLP_NORM)}
+        return frozenset(norms.difference(self.called))
+
+    def weights(self, op: str, norms: tuple[Norm, ...]) -> list[torch.Tensor]:
+        self.ops[op] += 1
+        return [self.layers[norm.layer].parameters[norm.name] for norm in norms]
+
+    def add_norm(self, norms: Any, *terms: Any) -> Any:
+        return add_rms_norm(*terms, *self.weights("add_norm", norms), EPS)
+
+    def release_attention(self, norms: Any, *terms: Any) -> Any:
+        return release_attention(*terms, *self.weights("release_attention", norms), EPS)
+
+    def release_router(self, norms: Any, y: Any, r: Any, s: Any = None) -> Any:
+        return release_router(y, s, r, *self.weights("release_router", norms), EPS)
+
+    def release_both(self, norms: Any, x: Any, a: Any, r: Any, s: Any) -> Any:
+        return release_both(x, a, s, r, *self.weights("release_both", norms), EPS)
+
+
 class Run:
     """One forward and backward pass, and everything that can be compared."""
 
@@ -91,11 +130,15 @@ class Run:
         expert_parallel: bool = True,
         chunks: int = 1,
         observe: bool = True,
+        kernels: bool = False,
+        called: Collection[Norm] = (),
     ) -> None:
         layers = [ToyBlocks(blocks, seed) for seed, blocks in enumerate(mix)]
+        self.kernels = ToyKernels(layers, called)
         self.link, self.recorder = FakeLink(delay), Recorder()
         dispatcher = AllToAllDispatcher(self.link, EXPERTS, chunks) if expert_parallel else None
         executor = Executor(layers, wiring, dispatcher=dispatcher, mode=mode)
+        executor.stream_kernels = self.kernels if kernels else None
         if observe:
             executor.observers.append(self.recorder)
         cut = segments or (Segment(0, len(mix)),)
@@ -159,13 +202,100 @@ def test_recomputation_repeats_the_forward_list_and_keeps_the_backward_list(
     assert recorder.backward == list(schedule.backward)
 
 
+# -- with the fused ops of the stream
+
+SOME_CALLED = (Norm(1, ATTENTION), Norm(2, MLP_NORM), Norm(3, ATTENTION), Norm(3, MLP_NORM))
+
+
+@pytest.mark.parametrize("called", [(), SOME_CALLED], ids=["all", "some"])
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_every_placement_gives_the_bits_of_serial_with_kernels(wiring: Wiring, called: Collection[Norm]) -> None:
+    """A serial schedule updates both streams at once where an overlapped one has to do it in two."""
+    serial = Run(wiring, "serial", kernels=True, called=called)
+    serial.recorder.check(serial.schedule)
+    for placement in placements():
+        overlapped = Run(wiring, "overlapped", placement=placement, kernels=True, called=called)
+        overlapped.assert_equal_bits(serial)
+        overlapped.recorder.check(overlapped.schedule)
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("wiring", WIRINGS, ids=str)
-def test_whatever_begins_also_ends_before_the_next_begins(wiring: Wiring, recompute: bool) -> None:
+def test_segments_give_the_bits_of_serial_with_kernels(wiring: Wiring, recompute: bool) -> None:
+    for length, chunks in ((1, 1), (2, 3), (3, 1)):
+        cut = even_segments(4, length)
+        serial, overlapped = (
+            Run(wiring, mode, segments=cut, recompute=recompute, chunks=chunks, kernels=True)
+            for mode in ("serial", "overlapped")
+        )
+        overlapped.assert_equal_bits(serial)
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True], ids=["local", "dispatched"])
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_kernels_compute_what_plain_adds_and_norms_compute(wiring: Wiring, expert_parallel: bool) -> None:
+    plain = Run(wiring, "serial", expert_parallel=expert_parallel)
+    fused = Run(wiring, "overlapped", expert_parallel=expert_parallel, kernels=True)
+    assert_close(plain, fused)
+    assert fused.kernels.ops and not plain.kernels.ops
+
+
+def test_which_ops_run() -> None:
+    """Of four layers, the last of which leaves its sum to whoever comes behind it."""
+    moe = {"mix": (MOE_SHARED,) * 4, "kernels": True}
+    farskip = Wiring.named("farskip", 4)
+    ops = {
+        "overlapped": Run(farskip, "overlapped", **moe).kernels.ops,
+        "serial": Run(farskip, "serial", **moe).kernels.ops,
+        "local": Run(farskip, "overlapped", expert_parallel=False, **moe).kernels.ops,
+        "ordinary": Run(Wiring.named("ordinary", 4), "overlapped", **moe).kernels.ops,
+    }
+    assert ops == {
+        "overlapped": {"release_attention": 3, "release_router": 3},
+        "serial": {"release_both": 3},
+        "local": {"release_both": 3},
+        "ordinary": {"add_norm": 4, "release_router": 3},
+    }
+
+
+@pytest.mark.parametrize("mode", ["serial", "overlapped"])
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_the_backward_of_an_op_lies_inside_the_stage_that_formed_it(wiring: Wiring, mode: str) -> None:
+    """It holds the backward of the stage's norm: outside, its time would be nobody's. Not so, as with plain adds, where
+    one sum is formed on the way to another (ladder behind a dense layer)."""
+    layers = [ToyBlocks(MOE_SHARED, seed) for seed in range(4)]
+    executor = Executor(layers, wiring, dispatcher=AllToAllDispatcher(FakeLink(), EXPERTS), mode=mode)
+    inside: list[str] = []
+    formed: list[str] = []
+    undone: list[str] = []
+
+    class Watched(ToyKernels):
+        def weights(self, op: str, norms: tuple[Norm, ...]) -> list[torch.Tensor]:
+            weights = [weight * 1 for weight in super().weights(op, norms)]
+            formed.append(stage := str(inside[-1]))
+            weights[0].register_hook(lambda _: undone.append(f"{stage} in {inside[-1] if inside else None}"))
+            return weights
+
+    def observe(instruction: Instruction, direction: str) -> Any:
+        inside.append(str(instruction.key))
+        return inside.pop
+
+    executor.stream_kernels = Watched(layers)
+    executor.observers.append(observe)
+    x = torch.randn(2, 3, WIDTH, requires_grad=True)
+    executor.run_segment(executor.schedule(), Segment(0, 4), x, x, [{}] * 4)[0].sum().backward()
+    assert sorted(undone) == sorted(f"{stage} in {stage}" for stage in formed)
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_whatever_begins_also_ends_before_the_next_begins(wiring: Wiring, recompute: bool, kernels: bool) -> None:
     """Profiler ranges that never end, or overlap, would make a trace unreadable. A recomputation is nested in the
     stage of the backward pass that first asked for it."""
     layers = [ToyBlocks(blocks, seed) for seed, blocks in enumerate(MIX)]
     executor = Executor(layers, wiring, dispatcher=AllToAllDispatcher(FakeLink(), EXPERTS))
+    executor.stream_kernels = ToyKernels(layers) if kernels else None
     open_now: list[tuple[Instruction, str]] = []
     counts = {"begun": 0, "ended": 0}
 
@@ -203,9 +333,11 @@ def test_the_delays_of_the_link_change_no_bit(seed: int) -> None:
         Run(wiring, "overlapped", delay=random_delay(seed)).assert_equal_bits(late)
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
 @pytest.mark.parametrize("wiring", WIRINGS, ids=str)
-def test_observers_change_no_bit(wiring: Wiring) -> None:
-    Run(wiring, "overlapped").assert_equal_bits(Run(wiring, "overlapped", observe=False))
+def test_observers_change_no_bit(wiring: Wiring, kernels: bool) -> None:
+    watched = Run(wiring, "overlapped", kernels=kernels)
+    watched.assert_equal_bits(Run(wiring, "overlapped", observe=False, kernels=kernels))
 
 
 @pytest.mark.parametrize("wiring", WIRINGS, ids=str)

@@ -100,7 +100,7 @@ def test_every_read_holds_all_outputs_but_those_left_out(wiring: Wiring, mix: Se
 def test_uses_are_listed_in_program_order() -> None:
     """Attention before the add of its output before the norm behind it before the next layer's adds."""
     rank = {use: position for position, use in enumerate(("attention", "add_y", "mlp_norm", "add_x", "add_n"))}
-    normed = {use: position for position, use in enumerate((MLP, GATE, ROWS, SHARED))}
+    normed = {use: position for position, use in enumerate((ATTENTION, MLP, GATE, ROWS, SHARED))}
     for wiring, mix in itertools.product(WIRINGS, MIXES):
         for value, uses in stream_uses(wiring.resolve(mix)).items():
             order = normed if value.name.startswith("normed_") else rank

@@ -193,7 +193,10 @@ def test_which_kernels_run_is_said_once(
 ) -> None:
     code, out, _ = farskip_command(workshop.pretrain(tmp_path / "run", "parallel.kernels=reference"))
     assert code == 0
-    line = "kernels: router reference, experts reference, rows between ranks reference (kernels=reference)"
+    line = (
+        "kernels: router reference, experts reference, rows between ranks reference, streams and norms reference "
+        "(kernels=reference)"
+    )
     assert [each for each in out.splitlines() if each.startswith("kernels:")] == [line]
     ours, theirs = (metrics(folder)[0]["loss"] for folder in (tmp_path / "run", pretrained("deepseek_v3")))
     assert ours == pytest.approx(theirs, rel=1e-4)

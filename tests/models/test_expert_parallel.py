@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from farskip.models.attach import attachment_of
+from farskip.models.kernels import use_kernels
 from farskip.models.parallelize import full_state_dict, parallelize, tune_schedule
 from farskip.models.recompute import recompute_stages
 from farskip.models.surgery import rewire, wiring_of
@@ -40,6 +41,7 @@ class Setting:
     chunks: int = 1
     routing: str = "free"
     accumulation: int = 1
+    kernels: str = "off"
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -51,7 +53,8 @@ def base_model(setting: Setting) -> Any:
 
 
 def prepare(model: Any, setting: Setting) -> Recorder:
-    """Recomputation, routing and a recorder on a model that has its final executor."""
+    """Kernels, recomputation, routing and a recorder on a model that has its final executor."""
+    use_kernels(model, setting.kernels)
     attachment, recorder = attachment_of(model), Recorder()
     assert attachment is not None
     attachment.executor.routing_hook = forced_routing(setting.routing, tokens_per_rank=14)
@@ -143,6 +146,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "recompute": (0, 1, 2, "selective"),
     "routing": ("free", "balanced", "one_expert", "idle_expert", "idle_rank"),
     "accumulation": (1, 2),
+    "kernels": ("off", "reference"),
 }
 
 

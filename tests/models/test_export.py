@@ -21,7 +21,7 @@ from farskip.models.surgery import rewire, wiring_of
 from farskip.models.testing_families import CASES, FAMILIES, build, family_of
 from farskip.models.testing_models import run_backward, token_ids
 from farskip.parallel.tensor_parallel import TensorLayout
-from farskip.residual import _partial_base
+from farskip.residual import partial_base
 from farskip.testing import assert_close, assert_equal_bits
 from farskip.wiring import DENSE, MOE, MOE_SHARED, NAMED, LayerWiring, Wiring
 
@@ -454,7 +454,7 @@ def test_the_file_resolves_a_wiring_as_the_core_does(wiring: Wiring, stack: str)
         assert plan.sources == {block: str(inputs.source(block)) for block in inputs.blocks}
         assert plan.two_in == bool(inputs.left_out)
         later = expected[layer + 1].left_out if layer < 3 else ()
-        assert plan.partial_out == (_partial_base(inputs.blocks, later) if later else None)
+        assert plan.partial_out == (partial_base(inputs.blocks, later) if later else None)
 
 
 # -- config without a model -------------------------------------------------------------------------------------------

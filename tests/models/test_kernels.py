@@ -165,13 +165,16 @@ def test_the_line_for_the_log(setting: str) -> None:
         pytest.skip("needs a device that it can run on")
     line = kernels_line(tiny_model("qwen3_moe"), setting)
     own = "reference" if setting == "reference" else "transformers"
-    assert line == f"kernels: router {own}, experts {own}, rows between ranks reference (kernels={setting})"
+    assert line == (
+        f"kernels: router {own}, experts {own}, rows between ranks reference, "
+        f"{'norms reference' if setting == 'reference' else 'streams and norms transformers'} (kernels={setting})"
+    )
 
 
-def test_a_dense_model_has_none() -> None:
-    model = build(CASES["llama"])
+def test_a_dense_model_has_norms_and_a_stream() -> None:
+    model = rewire(build(CASES["llama"]), "ladder")
     use_kernels(model, "reference")
-    assert kernels_line(model, "auto") == "kernels: none, the model has no routed experts"
+    assert kernels_line(model, "reference") == "kernels: streams and norms reference (kernels=reference)"
 
 
 def test_the_backend_of_rows() -> None:
@@ -180,18 +183,40 @@ def test_the_backend_of_rows() -> None:
 
 INTERPRETED = """
 import copy, torch
+from farskip.executor import Executor
+from farskip.models import stream_kernels
+from farskip.models.attach import attach, layers_of
+from farskip.models.family import family_of_model
 from farskip.models.kernels import use_kernels
+from farskip.models.surgery import rewire, wiring_of
 from farskip.models.testing_models import run_backward, tiny_model, token_ids
-from farskip.testing import assert_close
-for family in ("qwen3_moe", "deepseek_v3"):
-    twin = tiny_model(family, num_hidden_layers=2)
-    kernel = copy.deepcopy(twin)
-    use_kernels(twin, "reference"), use_kernels(kernel, "triton")
-    ids = token_ids(1, 5)
-    expected, expected_gradients = run_backward(twin, ids, use_cache=False)
-    logits, gradients = run_backward(kernel, ids, use_cache=False)
-    assert_close({"logits": logits}, {"logits": expected}, max_error=5e-5)
-    assert_close(gradients, expected_gradients, rel_norm=1e-4)
+from farskip.parallel.dispatcher import AllToAllDispatcher
+from farskip.parallel.testing_links import FakeLink
+from farskip.testing import assert_close, assert_equal_bits
+
+ids, ops = token_ids(1, 5), set()
+for name in ("add_rms_norm", "release_attention", "release_router", "release_both"):
+    real = getattr(stream_kernels, name)
+    setattr(stream_kernels, name, lambda *a, n=name, f=real, **k: (ops.add((n, k["backend"])), f(*a, **k))[1])
+
+def outcome(model, setting, mode=None):
+    if mode is not None:
+        blocks = [family_of_model(model).sub_blocks(layer) for layer in layers_of(model)]
+        dispatcher = AllToAllDispatcher(FakeLink(), 8)
+        attach(model, Executor(blocks, wiring_of(model), dispatcher=dispatcher, mode=mode))
+    use_kernels(model, setting)
+    logits, gradients = run_backward(model, ids, use_cache=False)
+    return {"logits": logits}, gradients
+
+for family, wiring in (("qwen3_moe", "attn_only"), ("deepseek_v3", "farskip")):
+    model = rewire(tiny_model(family, num_hidden_layers=3), wiring)
+    expected, expected_gradients = outcome(copy.deepcopy(model), "reference")
+    found = [outcome(copy.deepcopy(model), "triton", mode) for mode in ("serial", "overlapped")]
+    for one, two in zip(*found):
+        assert_equal_bits(two, one)
+    assert_close(found[0][0], expected, max_error=5e-5)
+    assert_close(found[0][1], expected_gradients, rel_norm=1e-4)
+assert sum(backend == "triton" for _, backend in ops) == 4, ops
 """
 
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from farskip.models.attach import attachment_of
 from farskip.models.family import family_of_model
+from farskip.models.kernels import use_kernels
 from farskip.models.parallelize import full_state_dict, parallelize, tune_schedule
 from farskip.models.recompute import recompute_stages
 from farskip.models.surgery import rewire, wiring_of
@@ -54,6 +55,7 @@ class Setting:
     routing: str = "free"
     sequences: int = 2
     length: int = 7
+    kernels: str = "off"
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -68,6 +70,7 @@ def step(model: Any, setting: Setting, data: range, data_parallel: DataParallel 
     """Forward, backward, reduction, clipping and AdamW on the sequences of some data-parallel ranks."""
     attachment, recorder = attachment_of(model), Recorder()
     assert attachment is not None
+    use_kernels(model, setting.kernels)
     share = setting.sequences * setting.length // setting.tp
     attachment.executor.routing_hook = forced_routing(setting.routing, tokens_per_rank=share)
     attachment.executor.observers.append(recorder)
@@ -171,6 +174,7 @@ CORNERS = [
     Setting(case="deepseek_v3", wiring="farskip", ep=2, changes={"q_lora_rank": None}),
     Setting(case="qwen2_moe", wiring="farskip", ep=2),
     Setting(case="mixtral", ep=2),
+    Setting(case="deepseek_v3", wiring="farskip", ep=2, recompute=2, kernels="reference"),
     Setting(case="glm4_moe", wiring="parallel"),
     Setting(case="ernie4_5_moe", wiring="farskip"),
     Setting(case="llama4_text", ep=2),

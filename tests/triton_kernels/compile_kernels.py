@@ -42,6 +42,7 @@ def compile_case(
         compiled = triton.compile(source, target=GPUTarget(*words), options=options)
         report[target] = nvidia_figures(compiled) if target.startswith("sm") else amd_figures(compiled)
         report[target]["reduce_layouts"] = reduce_layouts(compiled.asm["ttgir"])
+        report[target]["narrow_products"] = narrow_products(compiled.asm["ttir"])
     return report
 
 
@@ -85,6 +86,22 @@ def reduce_layouts(ttgir: str) -> list[str]:
     for match in re.finditer(r"\}\) : \(tensor<([\dx]+f32), (#\w+)>\) ->", ttgir):
         found.add(f"{match[1]} {names[match[2]]}")
     return sorted(found)
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Products in 32 bits of a number of columns and something that is no constant: offsets that could wrap."""
+    columns, found = {"%num_cols"}, []
+    for line in ttir.splitlines():
+        if splat := re.match(r"\s*(%\w+) = tt\.splat (%\w+) : i32 ->", line):
+            columns |= {splat[1]} if splat[2] in columns else set()
+        product = re.match(r"\s*(%\w+) = arith\.muli (%\w+), (%\w+)(?: overflow<\w+>)? : (?:tensor<[\dx]*)?i32", line)
+        if product and columns & {product[2], product[3]}:
+            (other,) = {product[2], product[3]} - columns or {"%num_cols"}
+            if other.startswith("%c"):
+                columns.add(product[1])
+            else:
+                found.append(line.strip())
+    return found
 
 
 def _output(*words: str) -> str:

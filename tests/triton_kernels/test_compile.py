@@ -135,8 +135,10 @@ CASES = {
     "count_slots": case(
         "dispatch_map_triton",
         "count_slots_kernel",
-        MAP_FLAGS,
-        pointers("tile_counts_ptr", dtype="*i32") | {"experts_ptr": "*i64", "num_slots": "i32", "tile_slots": "i32"},
+        MAP_FLAGS | {"BLOCK_ROWS": 1024},
+        pointers("tile_counts_ptr", "src_ptr", dtype="*i32")
+        | {"experts_ptr": "*i64"}
+        | dict.fromkeys(("num_slots", "num_rows", "tile_slots", "tile_rows"), "i32"),
         4,
     ),
     "place_slots": case(
@@ -229,6 +231,12 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_no_spill_and_no_atomics(figures: dict[str, Any], name: str, target: str) -> None:
     assert figures[name][target]["spill"] == 0
     assert figures[name][target]["atomics"] == 0
+
+
+@pytest.mark.parametrize("name", sorted(WIDE))
+def test_rows_are_found_by_64_bit_offsets(figures: dict[str, Any], name: str) -> None:
+    """test_large_offsets.py has the same on a GPU, with tensors that large."""
+    assert figures[name]["sm_90"]["narrow_products"] == []
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

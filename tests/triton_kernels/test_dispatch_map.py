@@ -1,10 +1,12 @@
 """Dispatch maps: against a stable sort written out by hand, exactly, for both backends."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from farskip.triton_kernels.dispatch_map import DispatchMap, dispatch_map
 
@@ -118,3 +120,29 @@ def test_bad_settings() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             dispatch_map(**({"experts": experts, "num_experts": 4} | changes))
+
+
+def test_two_launches_and_nothing_else(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides memory that is asked for and not touched."""
+    from farskip.triton_kernels import dispatch_map_triton as module
+
+    experts, called = random_experts(50, 8, 64).to(device), []
+
+    class Torch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    class Launch:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **keywords: called.append(self.name)
+
+    kernels = [name for name in vars(module) if name.endswith("_kernel")]
+    for name in kernels:
+        monkeypatch.setattr(module, name, Launch(name))
+    with Torch():
+        module.dispatch_map_triton(experts, 64, 16, None)
+    assert [name for name in called if not name.startswith("aten::empty")] == kernels
