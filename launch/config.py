@@ -90,7 +90,7 @@ class ParallelConfig:
     """Rows that an expert takes from one rank, layer and chunk; later ones are dropped. Then ranks exchange no counts
     and the host waits for none. 0: no limit, nothing is dropped."""
     kernels: Kernels = Kernels.auto
-    """Fused kernels for routers, routed experts, norms and the residual stream. auto: on CUDA, the former two in bf16;
+    """Fused kernels for routers, routed experts, norms and the residual stream. auto: on CUDA, experts in bf16 only;
     triton: or an error that says why not; reference: their plain-torch twins, on any device; off: none of them."""
     link: LinkConfig = field(default_factory=LinkConfig)
 

@@ -92,7 +92,8 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
     _check_vocabulary(tokenizer, student, config.data.tokenizer)
     mesh = job.build_job_mesh(config.parallel, ranks)
     teacher = job.prepare(original, config.parallel, config.balance, ranks, mesh, frozen=True)
-    prepared = job.prepare(student, config.parallel, config.balance, ranks, mesh)
+    precision = config.training.precision
+    prepared = job.prepare(student, config.parallel, config.balance, ranks, mesh, precision=precision)
     text = prompt or _heldout_prompt(tokenizer, data)
     num_batches = config.training.heldout.num_batches
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from farskip.checkpoint import CheckpointStore, latest_checkpoint, read_manifest
 from farskip.data import TextData, build_data, build_tokenizer
 from farskip.data_config import DataConfig
-from farskip.evaluation import Evaluation, evaluate
+from farskip.evaluation import Evaluation, autocast, evaluate
 from farskip.launch.config import BalanceConfig, LinkConfig, LinkKind, ParallelConfig, Recompute
 from farskip.launch.ranks import Ranks
 from farskip.launch.run_folder import write_config, write_text
@@ -39,7 +40,7 @@ from farskip.shutdown import ShutdownRequest
 from farskip.simulator import StageTimes, explain
 from farskip.trace import inspect
 from farskip.trainer import CHECKPOINTS, StopReason, TrainResult, train
-from farskip.training_config import TrainingConfig
+from farskip.training_config import Precision, TrainingConfig
 from farskip.training_protocols import Balancer, Communicator, Objective, SingleProcess
 from farskip.training_state import tensors_to_fill
 from farskip.wiring import Wiring
@@ -96,6 +97,7 @@ def prepare(
     ranks: Ranks,
     mesh: DeviceMesh | None,
     *,
+    precision: Precision = Precision.fp32,
     frozen: bool = False,
 ) -> Prepared:
     """Move a rewired model to its device, spread its experts, attach recomputation and balancing. A collective."""
@@ -117,7 +119,8 @@ def prepare(
         )
     use_kernels(model, parallel.kernels.value)
     if ranks.rank == 0 and not frozen:
-        print(kernels_line(model, parallel.kernels.value), flush=True)
+        with autocast(torch.device(ranks.device), precision):
+            print(kernels_line(model, parallel.kernels.value), flush=True)
     attachment = attachment_of(model)
     assert attachment is not None
     if parallel.recompute is Recompute.selective and not frozen:

@@ -53,7 +53,8 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
         seed=config.model.seed,
     )
     rewire(model, config.wiring.name, job.parse_layers(config.wiring.layers))
-    prepared = job.prepare(model, config.parallel, config.balance, ranks, mesh)
+    precision = config.training.precision
+    prepared = job.prepare(model, config.parallel, config.balance, ranks, mesh, precision=precision)
     objective = PretrainObjective(prepared.language_model, chunk_tokens=config.training.loss_chunk_tokens)
     times = job.tune(prepared, objective, data, config.parallel)
     job.write_plan(prepared, config, folder, ranks, times)

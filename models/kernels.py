@@ -4,7 +4,7 @@ A router, an experts module or a layer's norm gets a subclass of its own class, 
 it was before; and the executor forms the sums of the stream together with the norms that read them
 (`farskip.models.stream_kernels`):
 
-    auto          kernels on CUDA (routers and experts: in bf16), transformers' own code elsewhere
+    auto          kernels on CUDA (experts: where they compute in bf16), transformers' own code elsewhere
     triton        kernels, or an error that says why not
     reference     the kernels' plain-torch twins, on any device: what the kernels compute, to test against
     off           transformers' own code
@@ -28,8 +28,9 @@ from farskip.models.hf_layer import HFSubBlocks
 from farskip.models.norm_rule import is_known, norm_rule
 from farskip.models.router_rule import RouterRule
 from farskip.models.stream_kernels import HFStreamKernels, stream_backend, why_norm_is_called
+from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.triton_kernels.add_rms_norm import rms_norm
-from farskip.triton_kernels.backend import choose_backend
+from farskip.triton_kernels.backend import choose_backend, product_dtype
 from farskip.triton_kernels.dispatch_map import dispatch_map
 from farskip.triton_kernels.down_combine import down_combine
 from farskip.triton_kernels.grouped_mm import choose_grouped_backend, grouped_mm
@@ -92,8 +93,8 @@ def use_kernels(model: Any, setting: str = "auto") -> None:
     if attachment is None:
         return
     attachment.executor.stream_kernels = stream_kernels_of(model)
-    if attachment.executor.dispatcher is not None:
-        attachment.executor.dispatcher.backend = dispatcher_backend(setting)  # type: ignore[attr-defined]
+    if isinstance(attachment.executor.dispatcher, AllToAllDispatcher):
+        attachment.executor.dispatcher.backend = dispatcher_backend(setting)
 
 
 def stream_kernels_of(model: Any) -> HFStreamKernels | None:
@@ -109,7 +110,7 @@ def stream_kernels_of(model: Any) -> HFStreamKernels | None:
 
 
 def kernels_line(model: Any, setting: str) -> str:
-    """What runs where, in one line for a log."""
+    """What runs where, in one line for a log; under autocast, if it is called so."""
     from farskip.models.attach import layers_of
     from farskip.models.family import family_of_model
 
@@ -119,8 +120,8 @@ def kernels_line(model: Any, setting: str) -> str:
     moe = next((block for block in blocks if block.experts is not None), None)
     if moe is not None:
         weight = next(iter(moe.experts.parameters()))  # type: ignore[union-attr]
-        chosen = _backend(setting, weight) or "transformers"
-        router = chosen if family.router is not None else "transformers"
+        router = (stream_backend(setting, weight) if family.router is not None else None) or "transformers"
+        chosen = _experts_backend(setting, weight) or "transformers"
         experts = chosen if family.swiglu is not None and family.swiglu(moe.experts) is not None else "transformers"
         rows = choose_backend(dispatcher_backend(setting), weight)
         parts = [f"router {router}, experts {experts}, rows between ranks {rows}"]
@@ -154,14 +155,12 @@ def _swap(module: Any, make: Any, setting: str, rule: Any) -> None:
     module.__dict__[_SETTING], module.__dict__[_RULE] = setting, rule
 
 
-def _backend(setting: str, tensor: torch.Tensor) -> str | None:
-    """What a module runs on for this tensor; None is transformers' own code."""
-    if setting == "off":
+def _experts_backend(setting: str, tensor: torch.Tensor) -> str | None:
+    """What experts run on for this tensor; None is transformers' own code."""
+    # torch's grouped matmul takes bf16 on CUDA; for other dtypes the plain loop would ask the device for sizes
+    if setting == "auto" and product_dtype(tensor) != torch.bfloat16:
         return None
-    if setting == "auto":
-        # torch's grouped matmul takes bf16 on CUDA; for other dtypes the plain loop would ask the device for sizes
-        return "triton" if tensor.is_cuda and tensor.dtype == torch.bfloat16 else None
-    return choose_backend(setting, tensor)
+    return stream_backend(setting, tensor)
 
 
 @cache
@@ -169,7 +168,7 @@ def _fused_router(router_class: Any) -> type:
     """A subclass of a router's class that may run `route`. One per class, so that types compare."""
 
     def forward(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        backend = _backend(self.__dict__[_SETTING], hidden_states)
+        backend = stream_backend(self.__dict__[_SETTING], hidden_states)
         if backend is None:
             return router_class.forward(self, hidden_states)
         rule: RouterRule = self.__dict__[_RULE](self)
@@ -214,10 +213,11 @@ def _fused_experts(experts_class: Any) -> type:
     """A subclass of an experts' class that may run on the kernels. One per class, so that types compare."""
 
     def forward(self: Any, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        backend = _backend(self.__dict__[_SETTING], hidden_states)
+        backend = _experts_backend(self.__dict__[_SETTING], hidden_states)
         if backend is None:
             return experts_class.forward(self, hidden_states, *arguments, **keywords)
-        return _experts(self, hidden_states, *arguments, **keywords, gate=self.__dict__[_RULE], backend=backend)
+        tokens_TD, gate = hidden_states.to(product_dtype(hidden_states)), self.__dict__[_RULE]
+        return _experts(self, tokens_TD, *arguments, **keywords, gate=gate, backend=backend).to(hidden_states.dtype)
 
     return type(experts_class.__name__, (experts_class,), {"forward": forward, "__module__": experts_class.__module__})
 
@@ -232,7 +232,7 @@ def _experts(
     backend: str,
 ) -> torch.Tensor:
     """All experts of a module on their rows, weighted and summed per token [T, D]."""
-    up, down = module.gate_up_proj, module.down_proj
+    up, down = (weight.to(tokens_TD.dtype) for weight in (module.gate_up_proj, module.down_proj))
     if not module.is_transposed:  # transformers keeps [E, out, in]
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     products = "reference" if backend == "reference" else choose_grouped_backend(None, tokens_TD, up)
@@ -243,8 +243,8 @@ def _experts(
         activations_RI = swiglu(hidden_RI, **gate, backend=backend)
         return down_combine(activations_RI, down, dispatch, weights_TK, backend=backend, mm_backend=products)
     expert_R = experts_TK.reshape(-1)[dispatch.src.long()]
-    hidden_RI = hidden_RI + module.gate_up_proj_bias[expert_R]
+    hidden_RI = hidden_RI + module.gate_up_proj_bias[expert_R].to(hidden_RI.dtype)
     activations_RI = swiglu(hidden_RI, **gate, backend=backend)
     output_RD = grouped_mm(activations_RI, down, dispatch.padded_offsets, backend=products)
-    output_RD = output_RD + module.down_proj_bias[expert_R]
+    output_RD = output_RD + module.down_proj_bias[expert_R].to(output_RD.dtype)
     return unpermute(output_RD, dispatch, weights_TK, backend=backend)

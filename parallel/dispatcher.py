@@ -11,6 +11,8 @@ How many rows go where is known in one of two ways:
     fixed capacity   every expert takes `capacity` rows of every rank, padded with zeros; what is beyond is dropped,
                      later tokens first. Nothing is exchanged and the host waits for nothing.
 
+Under autocast rows travel in its dtype, to which the experts would round them where they arrive: half the bytes.
+
 Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E experts, W ranks, R rows on this rank.
 """
 
@@ -21,7 +23,7 @@ import torch
 
 from farskip.parallel.collectives import AllToAll, Link
 from farskip.stage import DispatchPlan, Routing, WeightOn
-from farskip.triton_kernels.backend import choose_backend
+from farskip.triton_kernels.backend import choose_backend, product_dtype
 from farskip.triton_kernels.dispatch_map import DispatchMap, dispatch_map
 from farskip.triton_kernels.permute import permute, permute_weights
 from farskip.triton_kernels.unpermute import unpermute
@@ -105,6 +107,8 @@ class AllToAllDispatcher:
         integers. The rows are copied while the counts travel.
         """
         tokens_TD = normed_BSD.reshape(-1, normed_BSD.shape[-1])
+        if routing.weight_on is WeightOn.OUTPUT:  # a weight on the input is multiplied with it first
+            tokens_TD = tokens_TD.to(product_dtype(tokens_TD))
         sizes = _even_sizes(tokens_TD.shape[0], self.chunks)
         num_experts = self.num_local_experts * self.link.size
         maps = [
@@ -157,6 +161,7 @@ class AllToAllDispatcher:
             if routing.weight_on is WeightOn.INPUT:
                 weights_R = permute_weights(weights_TK, dispatch, backend=self.backend)
                 rows_RD = rows_RD * weights_R.to(rows_RD.dtype).unsqueeze(1)
+                rows_RD = rows_RD.to(product_dtype(rows_RD))
             found.append((rows_RD, dispatch))
         return found
 

@@ -159,6 +159,36 @@ def test_triton_on_cpu_says_why_not() -> None:
         model(token_ids(1, 5))
 
 
+@pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_under_autocast_experts_compute_in_its_dtype(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers' own do, whose products autocast rounds; ops of ours it does not know."""
+    model = build(CASES[case])
+    experts = family_of_model(model).sub_blocks(layers_of(model)[-1]).experts
+    assert experts is not None
+    tokens_TD = torch.randn(7, model.config.hidden_size)
+    experts_TK, weights_TK = torch.stack([torch.randperm(4)[:2] for _ in range(7)]), torch.rand(7, 2)
+    seen, grouped_mm = [], module.grouped_mm
+
+    def noted(rows: torch.Tensor, weights: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.extend([rows.dtype, weights.dtype])
+        return grouped_mm(rows, weights, *args, **kwargs)
+
+    monkeypatch.setattr(module, "grouped_mm", noted)
+    outcomes = []
+    for setting in ("off", "reference"):
+        use_kernels(model, setting)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            output_TD = experts(tokens_TD, experts_TK, weights_TK)
+        output_TD.float().square().sum().backward()
+        outcomes.append((output_TD, {name: weight.grad for name, weight in experts.named_parameters()}))
+    assert set(seen) == {torch.bfloat16}
+    (expected_TD, expected), (found_TD, found) = outcomes
+    assert found_TD.dtype == expected_TD.dtype
+    assert_close(found_TD, expected_TD, rel_norm=0.02)  # a few roundings of 2 ** -8
+    assert_close(found, expected, rel_norm=0.04)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_line_for_the_log(setting: str) -> None:
     if setting == "triton":

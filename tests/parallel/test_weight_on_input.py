@@ -45,3 +45,20 @@ def test_values_and_gradients(weight_on: WeightOn, chunks: int) -> None:
     theirs = torch.autograd.grad(expected, inputs, upstream, retain_graph=True)
     for mine, reference in zip(torch.autograd.grad(ours, inputs, upstream), theirs, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight_on", WeightOn)
+def test_under_autocast_rows_travel_in_its_dtype(weight_on: WeightOn) -> None:
+    """Rounded once, in front of the wire as behind it; a weight on the input is multiplied with it before."""
+    torch.manual_seed(0)
+    tokens_TD = torch.randn(TOKENS, WIDTH).requires_grad_()
+    route = replace(routing(), weight_on=weight_on)
+    route = replace(route, weights_TK=route.weights_TK.float())
+    dispatcher = AllToAllDispatcher(FakeLink(), EXPERTS)
+    [(exact_RD, _)] = dispatcher.prepare(tokens_TD.unsqueeze(0), route)
+    with torch.autocast("cpu", torch.bfloat16):
+        [(rows_RD, _)] = dispatcher.prepare(tokens_TD.unsqueeze(0), route)
+    assert rows_RD.dtype == torch.bfloat16 and exact_RD.dtype == torch.float32
+    assert torch.equal(rows_RD, exact_RD.bfloat16())
+    rows_RD.float().sum().backward()
+    assert tokens_TD.grad is not None and tokens_TD.grad.dtype == torch.float32
