@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from farskip.async_autograd import Ended, InFlight, mark_backward
+from farskip.async_autograd import Collective, Ended, InFlight, mark_backward
 from farskip.reduced_residual import ReducedResidual
 from farskip.residual import GATE, MLP_NORM, ROWS, Residual, stream_uses
 from farskip.schedule import Do, Instruction, Schedule, Segment
@@ -30,15 +30,20 @@ from farskip.stage import Dispatcher, DispatchPlan, Routing, SubBlocks, TensorPa
 from farskip.stage_graph import (
     ATTENTION_CORE,
     ATTENTION_IN,
+    BLOCK_OF,
     COMBINE,
     DISPATCH,
     EXPERTS,
+    GATHER,
     MERGE,
+    NORM,
     REDUCTIONS,
     ROUTE,
+    SCATTER,
     Key,
     build_stage_graph,
 )
+from farskip.token_shards import TokenShards
 from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, Source, Wiring
 
 Arguments = Sequence[Mapping[str, Any]]
@@ -89,11 +94,13 @@ class Executor:
         self.mode = mode
         self.times = times
         self.inputs = wiring.resolve([block.blocks for block in self.sub_blocks])
+        sharded = tensor_parallel is not None and tensor_parallel.sequence_parallel
         self.graph = build_stage_graph(
             self.inputs,
             expert_parallel=dispatcher is not None,
             chunks=dispatcher.chunks if dispatcher else 1,
             tensor_parallel=tensor_parallel is not None,
+            sequence_chunks=tensor_parallel.chunks if tensor_parallel is not None and sharded else 0,
         )
         self.uses = stream_uses(self.inputs)
         self.observers: list[Observer] = []
@@ -123,6 +130,11 @@ class Executor:
         """Use this schedule for its segments, for example the one that rank 0 has chosen."""
         self._schedules[schedule.segments] = schedule
 
+    def shard_tokens(self, shape_BSD: torch.Size) -> TokenShards | None:
+        """Which tokens of a batch lie on which rank; None where every rank holds the whole stream."""
+        ranks = self.tensor_parallel
+        return TokenShards(ranks, shape_BSD) if ranks is not None and ranks.sequence_parallel else None
+
     def run_segment(
         self,
         schedule: Schedule,
@@ -132,6 +144,7 @@ class Executor:
         arguments: Arguments,
         *,
         recompute: bool = False,
+        shards: TokenShards | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one segment.
 
@@ -142,6 +155,8 @@ class Executor:
             n_BSD: the stream that leaves something out there; the same tensor where nothing is left out.
             arguments: one mapping per layer of the model; those of the segment are read.
             recompute: keep only the two streams, and run the segment again in backward.
+            shards: `shard_tokens` of the whole stream; where there are some, `x_BSD` and `n_BSD` are this rank's share
+                of it [1, N, D], and so is what is returned.
 
         Returns:
             Both streams behind the segment, nothing in flight.
@@ -153,7 +168,15 @@ class Executor:
             nonlocal runs
             runs += 1
             return _SegmentRun(
-                self, steps, segment, x_BSD, n_BSD, arguments, recomputing=runs > 1, serial=schedule.mode == "serial"
+                self,
+                steps,
+                segment,
+                x_BSD,
+                n_BSD,
+                arguments,
+                recomputing=runs > 1,
+                serial=schedule.mode == "serial",
+                shards=shards,
             ).run()
 
         if not recompute:
@@ -177,15 +200,17 @@ class _SegmentRun:
         *,
         recomputing: bool,
         serial: bool,
+        shards: TokenShards | None,
     ) -> None:
         self._executor = executor
         self._steps = steps
         self._position = 0
         self._arguments = arguments
         self._recomputing = recomputing
+        self._shards = shards
         self._residual: Any
         stream = (executor.inputs, executor.uses, segment.start, segment.stop, x_BSD, n_BSD)
-        if executor.tensor_parallel is None:
+        if executor.tensor_parallel is None or shards is not None:
             self._residual = Residual(*stream, fixed_order=executor.graph.has_collectives)
         else:
             self._residual = ReducedResidual(
@@ -196,6 +221,7 @@ class _SegmentRun:
         self._shape_BSD = x_BSD.shape
         self._rows: dict[Key, torch.Tensor] = {}
         self._in_flight: dict[Key, InFlight] = {}
+        self._scattered: dict[Key, dict[int, torch.Tensor]] = {}
         self._backward_ended: Ended | None = None
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,9 +250,7 @@ class _SegmentRun:
         if key.stage in REDUCTIONS:
             self._residual.launch(key)
             return
-        plan = self._plans[key.layer][key.chunk]
-        collective = plan.collective if key.stage == DISPATCH else plan.collective.reverse()
-        in_flight = InFlight(collective, self._notify(key))
+        in_flight = InFlight(self._collective(key), self._notify(key))
         self._in_flight[key] = in_flight
         self._rows[key] = in_flight.launch(self._rows.pop(key))
 
@@ -235,6 +259,15 @@ class _SegmentRun:
             self._residual.wait(key)
             return
         self._rows[key] = self._in_flight.pop(key).wait(self._rows.pop(key))
+        if key.stage in SCATTER.values():
+            self._put_part(key)
+
+    def _collective(self, key: Key) -> Collective:
+        if self._shards is not None and key.stage in BLOCK_OF:
+            gather = self._shards.collective
+            return gather if key.stage in GATHER.values() else gather.reverse()
+        plan = self._plans[key.layer][key.chunk]
+        return plan.collective if key.stage == DISPATCH else plan.collective.reverse()
 
     # stages
 
@@ -242,7 +275,10 @@ class _SegmentRun:
         """Both stages of attention; between them, in the seam, whatever the list has there."""
         layer = key_in.layer
         block, core = self._executor.sub_blocks[layer], Key(layer, ATTENTION_CORE)
-        stream_BSD = self._residual.read(layer, self._executor.inputs[layer].source(ATTENTION), ATTENTION)
+        if self._shards is None:
+            entering = self._residual.read(layer, self._executor.inputs[layer].source(ATTENTION), ATTENTION)
+        else:
+            entering = self._rows.pop(Key(layer, GATHER[ATTENTION]))
         ended = self._begin(key_in)
         reached_core: list[Ended] = []
 
@@ -256,17 +292,20 @@ class _SegmentRun:
             query, key, value = self._mark_inputs(core, query, key, value)
             return query, key, value
 
-        (stream_BSD,) = self._mark_inputs(key_in, stream_BSD)
-        output_BSD = block.attention(block.attention_norm(stream_BSD), seam, self._arguments[layer])
+        (entering,) = self._mark_inputs(key_in, entering)
+        normed_BSD = block.attention_norm(entering) if self._shards is None else self._shards.whole(entering)
+        output_BSD = block.attention(normed_BSD, seam, self._arguments[layer])
         if len(reached_core) != 1:
             raise RuntimeError(
                 f"layer {layer}: attention called the seam {len(reached_core)} times instead of once; its attention "
                 "implementation was changed after farskip was attached: set it before rewire or parallelize"
             )
+        if self._shards is not None:
+            output_BSD = self._shards.laid_out(output_BSD)
         (output_BSD,) = self._mark_outputs(core, output_BSD)
         reached_core[0]()
         self._position += 1
-        self._residual.put(layer, ATTENTION, output_BSD)
+        self._put(core, ATTENTION, output_BSD)
 
     def _mlp(self, key: Key) -> None:
         self._simple(key, MLP, self._executor.sub_blocks[key.layer].mlp)
@@ -278,10 +317,59 @@ class _SegmentRun:
         """A sub-block that is one stage: normed stream in, output out."""
         source = self._executor.inputs[key.layer].source(block)
         ended = self._begin(key)
-        (normed_BSD,) = self._normed(key, source, block)
-        (output_BSD,) = self._mark_outputs(key, compute(normed_BSD))
+        if self._shards is None:
+            (normed_BSD,) = self._normed(key, source, block)
+            output = compute(normed_BSD)
+        else:
+            (rows_RD,) = self._mark_inputs(key, self._rows.pop(key._replace(stage=GATHER[block])))
+            output = compute(rows_RD.unsqueeze(0)).squeeze(0)
+        (output,) = self._mark_outputs(key, output)
         ended()
-        self._residual.put(key.layer, block, output_BSD)
+        self._put(key, block, output)
+
+    def _put(self, key: Key, block: str, output: torch.Tensor) -> None:
+        """Hand over what a sub-block made: to the stream, or to its scatter."""
+        if self._shards is None:
+            self._residual.put(key.layer, block, output)
+        else:
+            self._rows[key._replace(stage=SCATTER[block])] = output
+
+    # sequence parallelism: norms of the rank's tokens, in front of the gathers
+
+    def _attention_norm(self, key: Key) -> None:
+        layer = key.layer
+        stream_1ND = self._residual.read(layer, self._executor.inputs[layer].source(ATTENTION), ATTENTION)
+        ended = self._begin(key)
+        (stream_1ND,) = self._mark_inputs(key, stream_1ND)
+        self._lay_out(key, self._executor.sub_blocks[layer].attention_norm(stream_1ND), ended)
+
+    def _block_norm(self, key: Key) -> None:
+        """Of MLP and shared expert."""
+        block = BLOCK_OF[key.stage]
+        ended = self._begin(key)
+        (normed_1ND,) = self._normed(key, self._executor.inputs[key.layer].source(block), block)
+        self._lay_out(key, normed_1ND, ended)
+
+    def _lay_out(self, key: Key, normed_1ND: torch.Tensor, ended: Ended) -> None:
+        """The last act of a norm: one tensor for each gather."""
+        assert self._shards is not None
+        block = BLOCK_OF[key.stage]
+        parts = self._mark_outputs(key, *self._shards.parts(normed_1ND, chunked=block != ATTENTION))
+        for chunk, rows_MD in enumerate(parts):
+            self._rows[Key(key.layer, GATHER[block], chunk)] = rows_MD
+        ended()
+
+    def _put_part(self, key: Key) -> None:
+        """Of the output of a sub-block, to the stream when all its scatters have arrived."""
+        assert self._shards is not None
+        block = BLOCK_OF[key.stage]
+        parts = self._scattered.setdefault(key._replace(chunk=0), {})
+        parts[key.chunk] = self._rows.pop(key)
+        chunked = block != ATTENTION
+        if len(parts) == (self._shards.chunks if chunked else 1):
+            del self._scattered[key._replace(chunk=0)]
+            output_1ND = self._shards.joined([parts[chunk] for chunk in sorted(parts)], chunked=chunked)
+            self._residual.put(key.layer, block, output_1ND)
 
     def _normed(self, key: Key, source: Source, *uses: str) -> tuple[torch.Tensor, ...]:
         """The normed MLP input, one alias per use. Whoever comes first does the norm, once per stream that is read."""
@@ -344,15 +432,15 @@ class _SegmentRun:
     # routed experts under tensor parallelism: each rank routes its share of the tokens
 
     def _share(self, normed_BSD: torch.Tensor) -> torch.Tensor:
-        """The tokens that this rank routes; all of them without tensor parallelism."""
-        if self._executor.tensor_parallel is None:
+        """The tokens that this rank routes; all that it holds, unless every rank holds the whole stream."""
+        if self._executor.graph.chain is None:
             return normed_BSD
         start, stop, total = self._tokens()
         return normed_BSD.reshape(1, total, -1)[:, start:stop]
 
     def _widened(self, output: torch.Tensor) -> torch.Tensor:
         """The routed output of this rank's share, zero for the tokens of the others."""
-        if self._executor.tensor_parallel is None:
+        if self._executor.graph.chain is None:
             return output.view(self._shape_BSD)
         start, stop, total = self._tokens()
         rows_TD = output.reshape(stop - start, self._shape_BSD[-1])
@@ -424,4 +512,7 @@ _STAGES: Mapping[str, Callable[[_SegmentRun, Key], None]] = {
     EXPERTS: _SegmentRun._experts,
     SHARED: _SegmentRun._shared,
     MERGE: _SegmentRun._merge,
+    NORM[ATTENTION]: _SegmentRun._attention_norm,
+    NORM[MLP]: _SegmentRun._block_norm,
+    NORM[SHARED]: _SegmentRun._block_norm,
 }

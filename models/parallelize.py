@@ -41,6 +41,7 @@ def parallelize(
     chunks: int = 1,
     capacity: int | None = None,
     times: StageTimes | None = None,
+    sequence_parallel: bool = False,
     already_cut: bool = False,
 ) -> Model:
     """Spread the routed experts over the ``ep`` axis of a mesh, and cut the other sub-blocks over its ``tp`` axis.
@@ -51,10 +52,13 @@ def parallelize(
             ranks. The ranks of one ``tp`` group have to be given the same tokens.
         schedule: ``overlapped`` or ``serial``; both compute the same function, bit for bit.
         link: what carries the rows, over the ranks of ``ep``; torch.distributed's group if None.
-        tensor_link: what carries the all-reduces, over the ranks of ``tp``; torch.distributed's group if None.
-        chunks: parts into which the tokens of each layer are cut, so that exchanges also hide under routed experts.
+        tensor_link: what carries the collectives of ``tp``, over its ranks; torch.distributed's group if None.
+        chunks: parts into which the tokens of each layer are cut, so that exchanges also hide under routed experts;
+            with sequence parallelism so are those of MLPs and shared experts.
         capacity: rows that an expert takes from one rank, layer and chunk, later ones are dropped; None drops none.
         times: stage times that rank 0 chooses the schedule by.
+        sequence_parallel: each rank of ``tp`` holds the stream of its share of the tokens only; norms and adds stand
+            between reduce-scatter and all-gather instead of behind an all-reduce. Another bracketing of the same sums.
         already_cut: the parameters are this rank's slices already, as `farskip.load` reads them.
 
     Returns:
@@ -62,7 +66,8 @@ def parallelize(
 
     Raises:
         ValueError: unknown family, experts that ``ep`` does not divide, heads or widths that ``tp`` does not divide, a
-            model that is parallel already, or ranks that disagree about the wiring. The model is untouched.
+            model that is parallel already, sequence parallelism without ``tp``, or ranks that disagree about the
+            wiring. The model is untouched.
     """
     family = family_of_model(model)
     previous = attachment_of(model)
@@ -71,6 +76,11 @@ def parallelize(
     blocks = [family.sub_blocks(layer) for layer in layers_of(model)]
     wiring = wiring_of(model)
     check_mesh(mesh)
+    if sequence_parallel and axis_size(mesh, TP_AXIS) == 1:
+        raise ValueError(
+            "parallelize: sequence_parallel=True with tp=1 has no ranks to share tokens among; make the mesh with "
+            "build_mesh(ep, tp=2) or more, or leave sequence_parallel out"
+        )
     ep = axis_size(mesh, EP_AXIS)
     num_experts = max((_num_experts(block) for block in blocks), default=0)
     dispatcher = None
@@ -82,8 +92,10 @@ def parallelize(
     if axis_size(mesh, TP_AXIS) > 1:
         if not already_cut:
             check_tensor_parallel(model, family, blocks, axis_size(mesh, TP_AXIS))
-        tensor_parallel = TensorParallelRanks(tensor_link or ProcessGroupLink(axis_group(mesh, TP_AXIS)))
-    _refuse_disagreement({"wiring": wiring.to_dict(), "chunks": chunks, "capacity": capacity})
+        tensor_link = tensor_link or ProcessGroupLink(axis_group(mesh, TP_AXIS))
+        tensor_parallel = TensorParallelRanks(tensor_link, sequence_parallel=sequence_parallel, chunks=chunks)
+    settings = {"chunks": chunks, "capacity": capacity, "sequence_parallel": sequence_parallel}
+    _refuse_disagreement({"wiring": wiring.to_dict(), **settings})
     mode, times = _agree((schedule, times))
     executor = Executor(blocks, wiring, dispatcher=dispatcher, tensor_parallel=tensor_parallel, mode=mode, times=times)
     executor.set_schedule(type(executor.schedule()).from_dict(_agree(executor.schedule().to_dict())))
