@@ -110,8 +110,8 @@ class ParallelConfig:
                 raise ValueError(f"parallel.{key}={value} is too small; use at least {low}")
         if self.sequence_parallel and self.tp == 1:
             raise ValueError(
-                "parallel.sequence_parallel=true has no ranks to share tokens among with parallel.tp=1; set parallel.tp=2 "
-                "or more, or sequence_parallel=false"
+                "parallel.sequence_parallel=true with parallel.tp=1 has no ranks to share tokens among; set tp to 2 or "
+                "more, or sequence_parallel=false"
             )
         if not self.link.bandwidth_gbit_s > 0:
             raise ValueError(f"parallel.link.bandwidth_gbit_s={self.link.bandwidth_gbit_s} must be above 0")

@@ -16,11 +16,6 @@ from farskip.pending import Pending, Work
 from farskip.wait_meter import WaitMeter
 
 
-# torch 2.13 renamed both and warns of the old names.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
 class Link(Protocol):
     """Starts exchanges between the ranks of one group.
 
@@ -60,6 +55,11 @@ class Link(Protocol):
     def exchange_counts(self, counts: torch.Tensor) -> Pending:
         """Start sending row r of an int64 tensor [size, n] to rank r; the result is what came from each rank."""
         ...
+
+
+# torch 2.13 renamed both and warns of the old names.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class ProcessGroupLink:

@@ -16,6 +16,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from farskip.async_autograd import Collective
 from farskip.parallel.collectives import AllGather, Link
 from farskip.pending import Pending
 
@@ -40,7 +41,7 @@ class TensorParallelRanks:
         self.size = link.size
         self.sequence_parallel = sequence_parallel
         self.chunks = chunks
-        self.gather = AllGather(link=link)
+        self.gather: Collective = AllGather(link=link)
 
     def all_reduce(self, tensor: torch.Tensor) -> Pending:
         """See `TensorParallel.all_reduce`."""
