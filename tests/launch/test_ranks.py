@@ -288,11 +288,21 @@ def test_torchrun_with_a_capacity(workshop: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wiring", ["ladder", "farskip"])
-def test_torchrun_with_tensor_parallelism(wiring: str, workshop: Any, farskip_command: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wiring", "cut"),
+    [
+        ("ladder", ["parallel.tp=2"]),
+        ("farskip", ["parallel.tp=2"]),
+        ("farskip", ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.chunks=2"]),
+    ],
+    ids=str,
+)
+def test_torchrun_with_tensor_parallelism(
+    wiring: str, cut: list[str], workshop: Any, farskip_command: Any, tmp_path: Path
+) -> None:
     """Two ranks that share every tensor learn what one rank learns, and a run that was cut short goes on."""
     more = [f"wiring.name={wiring}", "training.num_steps=4", "training.checkpoint.every_steps=2"]
-    words = workshop.pretrain(tmp_path / "two", *more, "parallel.tp=2")
+    words = workshop.pretrain(tmp_path / "two", *more, *cut)
     for steps in ("2", "4"):
         done = subprocess.run(
             torchrun(*words, f"training.num_steps={steps}", "run.resume=true"),
