@@ -169,18 +169,18 @@ def build_schedule(
     graph: StageGraph,
     mode: str,
     *,
+    duration: Duration = even,
     segments: Sequence[Segment] | None = None,
     placement: Placement | None = None,
-    duration: Duration = even,
 ) -> Schedule:
     """The schedule of a stage graph.
 
     Args:
         graph: the stages of the model.
         mode: ``serial`` or ``overlapped``.
+        duration: how long stages take (overlapped only, with sequence parallelism).
         segments: consecutive ranges of layers with nothing in flight at their ends; the whole model if None.
         placement: which window each movable stage fills (overlapped only, without sequence parallelism).
-        duration: how long stages take (overlapped only, with sequence parallelism).
 
     Raises:
         ValueError: unknown mode, or segments that do not cover the layers in order.

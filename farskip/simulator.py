@@ -155,8 +155,7 @@ def choose_schedule(
     """The schedule whose forward and backward together take the least simulated time.
 
     Of placements that take the same time the earliest of `placements` wins, which starts with that of the FarSkip
-    paper. Under sequence parallelism lists are built for the times of either direction, over links that are as fast as
-    they are, twice as fast and half as fast.
+    paper.
 
     Args:
         graph: the stages of the model.
@@ -205,7 +204,8 @@ def placements_beside_reductions(graph: StageGraph) -> Iterator[Placement]:
 
 
 def _durations(times: StageTimes) -> Iterator[Duration]:
-    """What the clock of `farskip.earliest_start` may go by."""
+    """What the clock of `farskip.earliest_start` may go by: the times of either direction, over links as fast as they
+    are, twice as fast and half as fast."""
     for direction, slowness in itertools.product(("forward", "backward"), (1.0, 0.5, 2.0)):
 
         def duration(stage: str, direction: str = direction, slowness: float = slowness) -> float:

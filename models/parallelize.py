@@ -3,7 +3,7 @@
 Experts are spread over the ``ep`` axis of a mesh; attention, dense MLPs and shared experts are cut over its ``tp``
 axis. Where a mesh has both, ``ep`` goes over whole ``tp`` groups: each rank of such a group routes and dispatches its
 share of the tokens that they all see, and its routed output, zero for the tokens of the others, is reduced like any
-other.
+other. Under sequence parallelism such a rank holds the stream of its share only, and nothing is filled with zeros.
 """
 
 from collections.abc import Callable
@@ -111,6 +111,37 @@ def parallelize(
         layout = cut_tensors(model, family, tensor_parallel.rank, tensor_parallel.size, already_cut=already_cut)
         attachment.tensor_layout = layout.without(attachment.sharded_experts)
     return model
+
+
+def set_sequence_parallel(model: Any, enabled: bool = True, *, chunks: int = 1) -> None:
+    """Switch sequence parallelism of a parallel model on or off; its parameters lie alike in both. A collective.
+
+    For a model that `farskip.load` has spread, and for generation, where one all-reduce is quicker than two exchanges.
+
+    Args:
+        model: cut over the ``tp`` axis of a mesh.
+        enabled: see `parallelize`.
+        chunks: of MLPs and shared experts; those of routed experts stay as they are.
+
+    Raises:
+        ValueError: a model that is not cut, no chunk, or ranks that disagree.
+
+    Note: the schedule is chosen afresh, by relative stage times; `tune_schedule` measures them.
+    """
+    attachment = attachment_of(model)
+    ranks = attachment.executor.tensor_parallel if attachment is not None else None
+    if attachment is None or not isinstance(ranks, TensorParallelRanks):
+        raise ValueError(
+            "set_sequence_parallel: the model is not cut; call parallelize with a mesh of tp=2 or more first"
+        )
+    changed = TensorParallelRanks(ranks.link, sequence_parallel=enabled, chunks=chunks)
+    _refuse_disagreement({"sequence_parallel": enabled, "chunks": chunks})
+    before = attachment.executor
+    executor = Executor(
+        before.sub_blocks, before.wiring, dispatcher=before.dispatcher, tensor_parallel=changed, mode=before.mode
+    )
+    executor.observers, executor.routing_hook = before.observers, before.routing_hook
+    attach(model, executor)
 
 
 def tune_schedule(model: Any, step: Callable[[], None], num_steps: int = 2) -> StageTimes | None:

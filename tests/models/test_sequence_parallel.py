@@ -8,8 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch.distributed as dist
 
-from farskip.testing import load_beside, pairwise
+from farskip.models.parallelize import parallelize, set_sequence_parallel
+from farskip.models.recompute import recompute_stages
+from farskip.models.testing_families import CASES, build
+from farskip.models.testing_models import run_backward, token_ids
+from farskip.parallel.mesh import build_mesh
+from farskip.testing import assert_equal_bits, load_beside, pairwise
 
 if TYPE_CHECKING:
     from farskip.testing import RankPool
@@ -94,3 +100,38 @@ def test_the_schedule_can_be_chosen_by_measured_times(rank_pool: "RankPool") -> 
     assert seen[0] == seen[1]
     assert {"gather_attention", "shared_norm", "scatter_mlp", "dispatch"} <= set(seen[0])
     assert not any(name.startswith("reduce_") for name in seen[0])
+
+
+# -- switched afterwards ----------------------------------------------------------------------------------------------
+
+
+def switched_on_and_off() -> str:
+    setting, mesh, ids = Setting(case="deepseek_v3", wiring="farskip", ep=2), build_mesh(2, tp=2), token_ids(2, 5)
+    apart, together = (
+        run_backward(parallelize(tensor.base_model(setting), mesh, **more), ids, use_cache=False)
+        for more in ({"chunks": 2}, SHARED_TOKENS)
+    )
+    model = parallelize(tensor.base_model(setting), mesh, chunks=2)
+    recompute_stages(model)
+    set_sequence_parallel(model, chunks=2)
+    changed = run_backward(model, ids, use_cache=False)
+    set_sequence_parallel(model, False)
+    back = run_backward(model, ids, use_cache=False)
+    for found, expected in ((changed, together), (back, apart)):
+        assert_equal_bits({"logits": found[0], **found[1]}, {"logits": expected[0], **expected[1]})
+    with pytest.raises(ValueError) as caught:
+        set_sequence_parallel(model, dist.get_rank() == 0)
+    return str(caught.value)
+
+
+def test_it_can_be_switched_on_and_off(rank_pool: "RankPool") -> None:
+    said = rank_pool.run(switched_on_and_off, 2)
+    assert said == ["parallelize: rank 1 has sequence_parallel False, rank 0 True; give all ranks the same"] * 2
+
+
+def test_a_model_that_is_not_cut_has_nothing_to_switch() -> None:
+    for model in (tensor.base_model(Setting()), build(CASES["llama"])):
+        with pytest.raises(
+            ValueError, match="the model is not cut; call parallelize with a mesh of tp=2 or more first"
+        ):
+            set_sequence_parallel(model)
