@@ -430,7 +430,7 @@ MUTATIONS = [
     Mutation(
         "hidden states may be replaced",
         _MODELS + "attach:_Call.layer",
-        "hidden_BSD is not self._x_BSD",
+        "hidden_BSD is not self._returned",
         "False",
         Catch(WIRINGS, "test_a_hook_that_replaces_hidden_states_between_layers_is_refused"),
     ),
