@@ -354,7 +354,7 @@ class _SegmentRun:
         """The last act of a norm: one tensor for each gather."""
         assert self._shards is not None
         block = BLOCK_OF[key.stage]
-        parts = self._mark_outputs(key, *self._shards.parts(normed_1ND, chunked=block != ATTENTION))
+        parts = self._mark_outputs(key, *self._shards.sent(normed_1ND, chunked=block != ATTENTION))
         for chunk, rows_MD in enumerate(parts):
             self._rows[Key(key.layer, GATHER[block], chunk)] = rows_MD
         ended()

@@ -52,9 +52,17 @@ class TokenShards:
         """The whole stream [B, S, D]. A collective, also in the backward pass of `enter`."""
         return _Leave.apply(x_1ND, self)
 
-    def parts(self, normed_1ND: torch.Tensor, *, chunked: bool) -> list[torch.Tensor]:
+    def sent(self, normed_1ND: torch.Tensor, *, chunked: bool) -> list[torch.Tensor]:
+        """The `parts` of what is multiplied where it arrives. Under autocast it would be rounded to its dtype there; it
+        is before, and travels in half the bytes."""
+        device = normed_1ND.device.type
+        if torch.is_autocast_enabled(device) and normed_1ND.dtype != torch.float64:
+            normed_1ND = normed_1ND.to(torch.get_autocast_dtype(device))
+        return self.parts(normed_1ND, chunked=chunked)
+
+    def parts(self, x_1ND: torch.Tensor, *, chunked: bool) -> list[torch.Tensor]:
         """The rank's rows as its collectives take them: [M, D] for each chunk."""
-        rows_ND = normed_1ND.reshape(-1, self._shape_BSD[-1])
+        rows_ND = x_1ND.reshape(-1, self._shape_BSD[-1])
         sizes, widths = self._part_sizes(self._sizes[self._rank], chunked), self._widths(chunked)
         return [_padded(part, width) for part, width in zip(rows_ND.split(sizes), widths, strict=True)]
 

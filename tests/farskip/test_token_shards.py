@@ -113,6 +113,21 @@ def test_a_stream_enters_and_leaves() -> None:
     assert link.num_exchanges == 2, "the gradient is gathered where the stream enters, and only there"
 
 
+def test_under_autocast_what_is_multiplied_travels_in_its_dtype() -> None:
+    """Rounded once, in front of the wire as behind it; the stream itself is not."""
+    (shards,) = group(1, 2, (1, 5))
+    normed_1ND = shards.mine(stream((1, 5)).float()).requires_grad_()
+    exact = shards.sent(normed_1ND, chunked=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = shards.sent(normed_1ND, chunked=True)
+        assert all(rows.dtype == torch.float32 for rows in shards.parts(normed_1ND, chunked=True))
+        assert all(rows.dtype == torch.float64 for rows in shards.sent(stream((1, 5)), chunked=True))
+    assert [rows.dtype for rows in exact + rounded] == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert all(torch.equal(ours, theirs.bfloat16()) for ours, theirs in zip(rounded, exact, strict=True))
+    sum(rows.float().sum() for rows in rounded).backward()  # type: ignore[union-attr]
+    assert normed_1ND.grad is not None and normed_1ND.grad.dtype == torch.float32
+
+
 def test_no_chunk_is_refused() -> None:
     with pytest.raises(ValueError, match="chunks=0 is too small; use 1 for no chunks, or more"):
         TensorParallelRanks(FakeLink(), sequence_parallel=True, chunks=0)
