@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from farskip.async_autograd import Ended, InFlight, mark_backward
+from farskip.async_autograd import Collective, Ended, InFlight, mark_backward
 from farskip.fusion import FusionPlan, landed_layers, plan_fusions
 from farskip.reduced_residual import ReducedResidual
 from farskip.residual import GATE, MLP_NORM, ROWS, Residual, stream_uses
@@ -32,15 +32,20 @@ from farskip.stage import Dispatcher, DispatchPlan, Norm, Routing, StreamKernels
 from farskip.stage_graph import (
     ATTENTION_CORE,
     ATTENTION_IN,
+    BLOCK_OF,
     COMBINE,
     DISPATCH,
     EXPERTS,
+    GATHER,
     MERGE,
+    NORM,
     REDUCTIONS,
     ROUTE,
+    SCATTER,
     Key,
     build_stage_graph,
 )
+from farskip.token_shards import TokenShards
 from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, Source, Wiring
 
 Arguments = Sequence[Mapping[str, Any]]
@@ -94,11 +99,13 @@ class Executor:
         self.mode = mode
         self.times = times
         self.inputs = wiring.resolve([block.blocks for block in self.sub_blocks])
+        sharded = tensor_parallel is not None and tensor_parallel.sequence_parallel
         self.graph = build_stage_graph(
             self.inputs,
             expert_parallel=dispatcher is not None,
             chunks=dispatcher.chunks if dispatcher else 1,
             tensor_parallel=tensor_parallel is not None,
+            sequence_chunks=tensor_parallel.chunks if tensor_parallel is not None and sharded else 0,
         )
         self.uses = stream_uses(self.inputs)
         self.observers: list[Observer] = []
@@ -130,6 +137,11 @@ class Executor:
         """Use this schedule for its segments, for example the one that rank 0 has chosen."""
         self._schedules[schedule.segments] = schedule
 
+    def shard_tokens(self, shape_BSD: torch.Size) -> TokenShards | None:
+        """Which tokens of a batch lie on which rank; None where every rank holds the whole stream."""
+        ranks = self.tensor_parallel
+        return TokenShards(ranks, shape_BSD) if ranks is not None and ranks.sequence_parallel else None
+
     def run_segment(
         self,
         schedule: Schedule,
@@ -139,6 +151,7 @@ class Executor:
         arguments: Arguments,
         *,
         recompute: bool = False,
+        shards: TokenShards | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one segment.
 
@@ -149,6 +162,8 @@ class Executor:
             n_BSD: the stream that leaves something out there; the same tensor where nothing is left out.
             arguments: one mapping per layer of the model; those of the segment are read.
             recompute: keep only the two streams, and run the segment again in backward.
+            shards: `shard_tokens` of the whole stream; where there are some, `x_BSD` and `n_BSD` are this rank's share
+                of it [1, N, D], and so is what is returned.
 
         Returns:
             Both streams behind the segment, nothing in flight.
@@ -170,6 +185,7 @@ class Executor:
                 arguments,
                 recomputing=runs > 1,
                 serial=schedule.mode == "serial",
+                shards=shards,
             ).run()
 
         if not recompute:
@@ -180,7 +196,7 @@ class Executor:
 
     def _fusion_plan(self, schedule: Schedule, segment: Segment, x_BSD: torch.Tensor) -> FusionPlan:
         """Which sums a segment forms together with their norms. The last plan is kept: generation asks every token."""
-        if self.stream_kernels is None or self.tensor_parallel is not None:
+        if self.stream_kernels is None or self.graph.chain is not None:
             return FusionPlan(self.uses, {})
         fusible = self.stream_kernels.fusible(segment.start, segment.stop, x_BSD)
         known = self._fusion_plans.get(segment)
@@ -207,15 +223,17 @@ class _SegmentRun:
         *,
         recomputing: bool,
         serial: bool,
+        shards: TokenShards | None,
     ) -> None:
         self._executor = executor
         self._steps = steps
         self._position = 0
         self._arguments = arguments
         self._recomputing = recomputing
+        self._shards = shards
         self._residual: Any
         stream = (executor.inputs, plan.uses, segment.start, segment.stop, x_BSD, n_BSD)
-        if executor.tensor_parallel is None:
+        if executor.graph.chain is None:
             self._residual = Residual(
                 *stream,
                 fixed_order=executor.graph.has_collectives,
@@ -223,6 +241,7 @@ class _SegmentRun:
                 kernels=executor.stream_kernels,
             )
         else:
+            assert executor.tensor_parallel is not None
             self._residual = ReducedResidual(
                 executor.graph, *stream, ranks=executor.tensor_parallel, blocking=serial, notify=self._notify
             )
@@ -231,6 +250,7 @@ class _SegmentRun:
         self._shape_BSD = x_BSD.shape
         self._rows: dict[Key, torch.Tensor] = {}
         self._in_flight: dict[Key, InFlight] = {}
+        self._scattered: dict[Key, dict[int, torch.Tensor]] = {}
         self._backward_ended: Ended | None = None
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,9 +279,7 @@ class _SegmentRun:
         if key.stage in REDUCTIONS:
             self._residual.launch(key)
             return
-        plan = self._plans[key.layer][key.chunk]
-        collective = plan.collective if key.stage == DISPATCH else plan.collective.reverse()
-        in_flight = InFlight(collective, self._notify(key))
+        in_flight = InFlight(self._collective(key), self._notify(key))
         self._in_flight[key] = in_flight
         self._rows[key] = in_flight.launch(self._rows.pop(key))
 
@@ -270,6 +288,15 @@ class _SegmentRun:
             self._residual.wait(key)
             return
         self._rows[key] = self._in_flight.pop(key).wait(self._rows.pop(key))
+        if key.stage in SCATTER.values():
+            self._put_part(key)
+
+    def _collective(self, key: Key) -> Collective:
+        if self._shards is not None and key.stage in BLOCK_OF:
+            gather = self._shards.collective
+            return gather if key.stage in GATHER.values() else gather.reverse()
+        plan = self._plans[key.layer][key.chunk]
+        return plan.collective if key.stage == DISPATCH else plan.collective.reverse()
 
     # stages
 
@@ -277,7 +304,6 @@ class _SegmentRun:
         """Both stages of attention; between them, in the seam, whatever the list has there."""
         layer = key_in.layer
         block, core = self._executor.sub_blocks[layer], Key(layer, ATTENTION_CORE)
-        source = self._executor.inputs[layer].source(ATTENTION)
         ended = self._begin(key_in)
         reached_core: list[Ended] = []
 
@@ -291,17 +317,24 @@ class _SegmentRun:
             query, key, value = self._mark_inputs(core, query, key, value)
             return query, key, value
 
-        (normed_BSD,) = self._normed(key_in, Norm(layer, ATTENTION), source, ATTENTION)
+        if self._shards is None:
+            source = self._executor.inputs[layer].source(ATTENTION)
+            (normed_BSD,) = self._normed(key_in, Norm(layer, ATTENTION), source, ATTENTION)
+        else:
+            (rows_RD,) = self._mark_inputs(key_in, self._rows.pop(Key(layer, GATHER[ATTENTION])))
+            normed_BSD = self._shards.whole(rows_RD)
         output_BSD = block.attention(normed_BSD, seam, self._arguments[layer])
         if len(reached_core) != 1:
             raise RuntimeError(
                 f"layer {layer}: attention called the seam {len(reached_core)} times instead of once; its attention "
                 "implementation was changed after farskip was attached: set it before rewire or parallelize"
             )
+        if self._shards is not None:
+            output_BSD = self._shards.laid_out(output_BSD)
         (output_BSD,) = self._mark_outputs(core, output_BSD)
         reached_core[0]()
         self._position += 1
-        self._residual.put(layer, ATTENTION, output_BSD)
+        self._put(core, ATTENTION, output_BSD)
 
     def _mlp(self, key: Key) -> None:
         self._simple(key, MLP, self._executor.sub_blocks[key.layer].mlp)
@@ -313,10 +346,53 @@ class _SegmentRun:
         """A sub-block that is one stage: normed stream in, output out."""
         source = self._executor.inputs[key.layer].source(block)
         ended = self._begin(key)
-        (normed_BSD,) = self._normed(key, Norm(key.layer, MLP_NORM), source, block)
-        (output_BSD,) = self._mark_outputs(key, compute(normed_BSD))
+        if self._shards is None:
+            (normed_BSD,) = self._normed(key, Norm(key.layer, MLP_NORM), source, block)
+            output = compute(normed_BSD)
+        else:
+            (rows_RD,) = self._mark_inputs(key, self._rows.pop(key._replace(stage=GATHER[block])))
+            output = compute(rows_RD.unsqueeze(0)).squeeze(0)
+        (output,) = self._mark_outputs(key, output)
         ended()
-        self._residual.put(key.layer, block, output_BSD)
+        self._put(key, block, output)
+
+    def _put(self, key: Key, block: str, output: torch.Tensor) -> None:
+        """Hand over what a sub-block made: to the stream, or to its scatter."""
+        if self._shards is None:
+            self._residual.put(key.layer, block, output)
+        else:
+            self._rows[key._replace(stage=SCATTER[block])] = output
+
+    # sequence parallelism: norms of the rank's tokens, in front of the gathers
+
+    def _norm(self, key: Key) -> None:
+        """Of attention, MLP or shared expert."""
+        block = BLOCK_OF[key.stage]
+        norm = Norm(key.layer, ATTENTION if block == ATTENTION else MLP_NORM)
+        ended = self._begin(key)
+        (normed_1ND,) = self._normed(key, norm, self._executor.inputs[key.layer].source(block), block)
+        self._lay_out(key, normed_1ND, ended)
+
+    def _lay_out(self, key: Key, normed_1ND: torch.Tensor, ended: Ended) -> None:
+        """The last act of a norm: one tensor for each gather."""
+        assert self._shards is not None
+        block = BLOCK_OF[key.stage]
+        parts = self._mark_outputs(key, *self._shards.sent(normed_1ND, chunked=block != ATTENTION))
+        for chunk, rows_MD in enumerate(parts):
+            self._rows[Key(key.layer, GATHER[block], chunk)] = rows_MD
+        ended()
+
+    def _put_part(self, key: Key) -> None:
+        """Of the output of a sub-block, to the stream when all its scatters have arrived."""
+        assert self._shards is not None
+        block = BLOCK_OF[key.stage]
+        parts = self._scattered.setdefault(key._replace(chunk=0), {})
+        parts[key.chunk] = self._rows.pop(key)
+        chunked = block != ATTENTION
+        if len(parts) == (self._shards.chunks if chunked else 1):
+            del self._scattered[key._replace(chunk=0)]
+            output_1ND = self._shards.joined([parts[chunk] for chunk in sorted(parts)], chunked=chunked)
+            self._residual.put(key.layer, block, output_1ND)
 
     def _normed(self, key: Key, norm: Norm, source: Source, *uses: str) -> tuple[torch.Tensor, ...]:
         """The normed stream, one alias per use. Whoever comes first does the norm, once per stream that is read."""
@@ -381,15 +457,15 @@ class _SegmentRun:
     # routed experts under tensor parallelism: each rank routes its share of the tokens
 
     def _share(self, normed_BSD: torch.Tensor) -> torch.Tensor:
-        """The tokens that this rank routes; all of them without tensor parallelism."""
-        if self._executor.tensor_parallel is None:
+        """The tokens that this rank routes; all that it holds, unless every rank holds the whole stream."""
+        if self._executor.graph.chain is None:
             return normed_BSD
         start, stop, total = self._tokens()
         return normed_BSD.reshape(1, total, -1)[:, start:stop]
 
     def _widened(self, output: torch.Tensor) -> torch.Tensor:
         """The routed output of this rank's share, zero for the tokens of the others."""
-        if self._executor.tensor_parallel is None:
+        if self._executor.graph.chain is None:
             return output.view(self._shape_BSD)
         start, stop, total = self._tokens()
         rows_TD = output.reshape(stop - start, self._shape_BSD[-1])
@@ -461,4 +537,5 @@ _STAGES: Mapping[str, Callable[[_SegmentRun, Key], None]] = {
     EXPERTS: _SegmentRun._experts,
     SHARED: _SegmentRun._shared,
     MERGE: _SegmentRun._merge,
+    **dict.fromkeys(NORM.values(), _SegmentRun._norm),
 }

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from farskip.instruction import Do, Instruction
 from farskip.residual import ADD_N, ADD_X, ADD_Y, MLP_NORM, Fusion, Uses, Value, normed_value, partial_base
 from farskip.stage import Norm
-from farskip.stage_graph import ATTENTION_IN, EXPERTS, MERGE, Key
+from farskip.stage_graph import ATTENTION_IN, EXPERTS, MERGE, NORM, Key
 from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, LayerInputs, Source
 
 
@@ -74,8 +74,9 @@ def landed_layers(steps: Sequence[Instruction]) -> frozenset[int]:
     """
     position = {step.key: number for number, step in enumerate(steps) if step.do is Do.RUN}
     found = set()
-    for key, starts in position.items():
+    for key, number in position.items():
         if key.stage == ATTENTION_IN and key.layer:
+            starts = position.get(Key(key.layer, NORM[ATTENTION]), number)
             merge, experts = Key(key.layer - 1, MERGE), Key(key.layer - 1, EXPERTS)
             if position.get(merge, position.get(experts, starts)) < starts:
                 found.add(key.layer - 1)

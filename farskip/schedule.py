@@ -33,6 +33,9 @@ reduced in backward is the gradient of a sub-block's input. Their backward list 
 With tensor parallelism, in layers whose experts are not dispatched there is no critical chain and no placement: what is
 ready runs in program order, and only when nothing is ready the oldest collective is waited for.
 
+With sequence parallelism the overlapped list is built against a clock instead (`farskip.earliest_start`); gathers and
+scatters are mirrors of each other, so the backward list is the mirror again.
+
 A segment ends where activations are recomputed, at a pipeline cut, or with the model; nothing is in flight there.
 
 Source: the windows are those of FarSkip-Collective (arXiv 2511.11505) section 4.1; the backward mirror is ours.
@@ -46,6 +49,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from farskip.autograd_order import autograd_order
+from farskip.earliest_start import Duration, earliest_start, even
 from farskip.instruction import Do as Do
 from farskip.instruction import Instruction as Instruction
 from farskip.stage_graph import (
@@ -167,6 +171,7 @@ def build_schedule(
     graph: StageGraph,
     mode: str,
     *,
+    duration: Duration = even,
     segments: Sequence[Segment] | None = None,
     placement: Placement = Placement(),
 ) -> Schedule:
@@ -175,8 +180,9 @@ def build_schedule(
     Args:
         graph: the stages of the model.
         mode: ``serial`` or ``overlapped``.
+        duration: how long stages take (overlapped only, with sequence parallelism).
         segments: consecutive ranges of layers with nothing in flight at their ends; the whole model if None.
-        placement: which window each movable stage fills (overlapped only).
+        placement: which window each movable stage fills (overlapped only, without sequence parallelism).
 
     Raises:
         ValueError: unknown mode, or segments that do not cover the layers in order.
@@ -193,6 +199,8 @@ def build_schedule(
         stages = graph.of_layers(segment.start, segment.stop)
         if mode == "serial" or not graph.has_collectives:
             forward += _serial(stages)
+        elif graph.is_sequence_parallel:
+            forward += earliest_start(stages, duration)
         else:
             forward += _overlapped(stages, placement, graph.chain is not None)
     if graph.chain is None:

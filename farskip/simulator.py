@@ -10,9 +10,11 @@ where the window is the compute between launch and wait (exact while one collect
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from farskip.earliest_start import Duration
 from farskip.schedule import LAST_REDUCE, Do, Instruction, Placement, Schedule, Segment, Window, build_schedule
 from farskip.stage_graph import (
     ATTENTION_CORE,
@@ -21,9 +23,12 @@ from farskip.stage_graph import (
     COMBINE,
     DISPATCH,
     EXPERTS,
+    GATHER,
     MERGE,
+    NORM,
     REDUCTIONS,
     ROUTE,
+    SCATTER,
     Key,
     StageGraph,
 )
@@ -40,6 +45,8 @@ _RELATIVE_FORWARD: Mapping[str, float] = {
     DISPATCH: 1.5,
     COMBINE: 1.5,
     **dict.fromkeys(REDUCTIONS, 1.5),
+    **dict.fromkeys(NORM.values(), 0.1),
+    **dict.fromkeys((*GATHER.values(), *SCATTER.values()), 0.75),
 }
 
 
@@ -122,11 +129,9 @@ def simulate(steps: Sequence[Instruction], times: StageTimes, direction: str = "
     compute, communication = [], []
     done_at: dict[Key, float] = {}
     exposed: dict[Key, float] = {}
-    chunks = 1 + max((step.key.chunk for step in steps), default=0)
+    parts = Counter((step.key.layer, step.key.stage) for step in steps if step.do is not Do.WAIT)
     for step in steps:
-        duration = times.of(step.key.stage, direction)
-        if step.key.stage in (DISPATCH, EXPERTS, COMBINE):
-            duration /= chunks
+        duration = times.of(step.key.stage, direction) / max(parts[step.key.layer, step.key.stage], 1)
         if step.do is Do.RUN:
             compute.append(Span(step.key, now, now + duration))
             now += duration
@@ -162,8 +167,11 @@ def choose_schedule(
     if mode == "serial" or not graph.has_collectives:
         return build_schedule(graph, mode, segments=segments)
     clock = times or StageTimes()
-    tried = placements() if graph.chain is None else placements_beside_reductions(graph)
-    candidates = [build_schedule(graph, mode, segments=segments, placement=placement) for placement in tried]
+    if graph.is_sequence_parallel:
+        candidates = [build_schedule(graph, mode, segments=segments, duration=each) for each in _durations(clock)]
+    else:
+        tried = placements() if graph.chain is None else placements_beside_reductions(graph)
+        candidates = [build_schedule(graph, mode, segments=segments, placement=placement) for placement in tried]
 
     def total(schedule: Schedule) -> float:
         forward = simulate(schedule.forward, clock, "forward").total
@@ -194,6 +202,17 @@ def placements_beside_reductions(graph: StageGraph) -> Iterator[Placement]:
     for first, core, expert in itertools.product(attention, attention, (Window(COMBINE), Window(DISPATCH))):
         if core.position(0) >= first.position(0):
             yield Placement(attention_in=first, attention_core=core, shared=expert)
+
+
+def _durations(times: StageTimes) -> Iterator[Duration]:
+    """What the clock of `farskip.earliest_start` may go by: the times of either direction, over links as fast as they
+    are, twice as fast and half as fast."""
+    for direction, slowness in itertools.product(("forward", "backward"), (1.0, 0.5, 2.0)):
+
+        def duration(stage: str, direction: str = direction, slowness: float = slowness) -> float:
+            return times.of(stage, direction) * (slowness if stage in COLLECTIVES else 1.0)
+
+        yield duration
 
 
 def explain(steps: Sequence[Instruction], times: StageTimes, direction: str = "forward") -> str:

@@ -177,10 +177,17 @@ class TensorParallel(Protocol):
     Attributes:
         rank: which of them this is; routed experts take this share of the tokens.
         size: how many they are.
+        sequence_parallel: whether each of them holds the stream of its share of the tokens only.
+        chunks: with that, into how many parts the tokens of a layer are cut for MLP and shared expert.
+        gather: brings rows [N, D] of all ranks together, one rank after the other [size * N, D]; all of them give the
+            same N. Its reverse sums such rows over the ranks and leaves each its own.
     """
 
     rank: int
     size: int
+    sequence_parallel: bool
+    chunks: int
+    gather: Collective
 
     def all_reduce(self, tensor: torch.Tensor) -> Pending:
         """Start summing a contiguous tensor over the ranks, in place; all of them have to do it in the same order."""

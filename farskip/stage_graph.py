@@ -23,8 +23,17 @@ named after its last output:
 They are launched in the order of the stream. In backward the same names stand for the all-reduces of input gradients,
 each after the last sub-block that reads the point of the stream whose gradient it sums.
 
+Under sequence parallelism each rank holds the stream of its share of the tokens, and norms, adds, router and routed
+experts work on that. Attention, MLP and shared expert, whose heads and widths are cut, see all tokens:
+
+    attention_norm, mlp_norm, shared_norm               norm of the rank's tokens; the MLP's norm is done once
+    gather_attention, gather_mlp, gather_shared         collectives (all-gather): the normed tokens of all ranks
+    attention_in ... attention_core, mlp, shared        -> a, m, s of all tokens, partial
+    scatter_attention, scatter_mlp, scatter_shared      collectives (reduce-scatter): the sum, of the rank's tokens
+
 In chunked mode the tokens of a layer are routed once and then travel in chunks: dispatch, experts and combine exist
-once per chunk, so that the exchanges of one chunk also hide under the routed experts of another.
+once per chunk, so that the exchanges of one chunk also hide under the routed experts of another. Under sequence
+parallelism gather, MLP or shared expert, and scatter do so, too.
 """
 
 from collections.abc import Sequence
@@ -40,7 +49,14 @@ DISPATCH, COMBINE = "dispatch", "combine"
 REDUCE = {block: f"reduce_{block}" for block in (ATTENTION, MLP, SHARED, ROUTED)}
 """Name of the all-reduce that ends with the output of a sub-block, or with the gradient of its input."""
 REDUCTIONS = tuple(REDUCE.values())
-COLLECTIVES = (DISPATCH, COMBINE, *REDUCTIONS)
+_WHOLE = (ATTENTION, MLP, SHARED)
+"""The sub-blocks that see all tokens under sequence parallelism."""
+NORM = {block: f"{block}_norm" for block in _WHOLE}
+GATHER = {block: f"gather_{block}" for block in _WHOLE}
+SCATTER = {block: f"scatter_{block}" for block in _WHOLE}
+BLOCK_OF = {name[block]: block for name in (NORM, GATHER, SCATTER) for block in _WHOLE}
+"""The sub-block that a norm, gather or scatter belongs to."""
+COLLECTIVES = (DISPATCH, COMBINE, *REDUCTIONS, *GATHER.values(), *SCATTER.values())
 
 
 class Key(NamedTuple):
@@ -111,6 +127,11 @@ class StageGraph:
         return any(stage.is_collective for stage in self.stages)
 
     @property
+    def is_sequence_parallel(self) -> bool:
+        """Whether each rank holds the stream of its share of the tokens."""
+        return any(stage.key.stage in BLOCK_OF for stage in self.stages)
+
+    @property
     def dispatching_layers(self) -> frozenset[int]:
         """Layers whose routed experts lie on other ranks."""
         return frozenset(stage.key.layer for stage in self.stages if stage.key.stage == DISPATCH)
@@ -125,7 +146,12 @@ class StageGraph:
 
 
 def build_stage_graph(
-    inputs: Sequence[LayerInputs], *, expert_parallel: bool, chunks: int = 1, tensor_parallel: bool = False
+    inputs: Sequence[LayerInputs],
+    *,
+    expert_parallel: bool,
+    chunks: int = 1,
+    tensor_parallel: bool = False,
+    sequence_chunks: int = 0,
 ) -> StageGraph:
     """The stages of a model under a resolved wiring.
 
@@ -134,8 +160,10 @@ def build_stage_graph(
         expert_parallel: whether routed experts lie on other ranks, so that rows are dispatched and combined.
         chunks: into how many parts the tokens of each layer are cut for that.
         tensor_parallel: whether the outputs of sub-blocks are partial sums over ranks.
+        sequence_chunks: with sequence parallelism, into how many parts the tokens of each layer are cut for MLP and
+            shared expert; 0: every rank holds the whole stream.
     """
-    if tensor_parallel:
+    if tensor_parallel and not sequence_chunks:
         return _reduced_graph(inputs, chunks if expert_parallel else 0)
     stages: list[Stage] = []
     full: tuple[Key, ...] = ()  # what x, the full stream at the layer's entry, needs
@@ -147,9 +175,9 @@ def build_stage_graph(
         needs = {
             Source.FULL: full,
             Source.PARTIAL: partial,
-            Source.AFTER_ATTENTION: (*full, Key(layer, ATTENTION_CORE)),
+            Source.AFTER_ATTENTION: (*full, Key(layer, SCATTER[ATTENTION] if sequence_chunks else ATTENTION_CORE)),
         }
-        here, made = _layer_stages(layer, reads, needs, chunks if expert_parallel else 0)
+        here, made = _layer_stages(layer, reads, needs, chunks if expert_parallel else 0, sequence_chunks)
         stages += here
         before, outputs = full, made
         full = _unique(before + tuple(key for keys in outputs.values() for key in keys))
@@ -198,23 +226,38 @@ def _reduced_graph(inputs: Sequence[LayerInputs], chunks: int) -> StageGraph:
 
 
 def _layer_stages(
-    layer: int, reads: LayerInputs, needs: dict[Source, tuple[Key, ...]], chunks: int
+    layer: int, reads: LayerInputs, needs: dict[Source, tuple[Key, ...]], chunks: int, sequence_chunks: int = 0
 ) -> tuple[list[Stage], dict[str, tuple[Key, ...]]]:
-    """Stages of one layer, and for each of its outputs the keys that produce it; 0 chunks: no expert parallelism."""
+    """Stages of one layer, and for each of its outputs the keys that produce it.
+
+    0 chunks: no expert parallelism; 0 sequence chunks: no sequence parallelism.
+    """
+    stages: list[Stage] = []
+    outputs: dict[str, tuple[Key, ...]] = {}
 
     def key(stage: str) -> Key:
         return Key(layer, stage)
 
+    def add(stage: str, after: tuple[Key, ...], chunk: int = 0) -> tuple[Key, ...]:
+        stages.append(Stage(Key(layer, stage, chunk), _unique(after)))
+        return (stages[-1].key,)
+
+    def add_whole(block: str, names: tuple[str, ...], before: tuple[Key, ...] = ()) -> None:
+        """A sub-block that sees all tokens, and with sequence parallelism what brings them together and apart."""
+        after, outputs[block] = needs[reads.source(block)], ()
+        if sequence_chunks:
+            after = add(NORM[block], after)
+        for chunk in range(1 if block == ATTENTION else max(sequence_chunks, 1)):
+            last = (*(add(GATHER[block], after, chunk) if sequence_chunks else after), *before)
+            for name in names:
+                last = add(name, last, chunk)
+            outputs[block] += add(SCATTER[block], last, chunk) if sequence_chunks else last
+
     # One attention at a time: its second half runs inside the call that the first half has opened.
     one_at_a_time = (Key(layer - 1, ATTENTION_CORE),) if layer else ()
-    stages = [
-        Stage(key(ATTENTION_IN), _unique(needs[reads.source(ATTENTION)] + one_at_a_time)),
-        Stage(key(ATTENTION_CORE), (key(ATTENTION_IN),)),
-    ]
-    outputs: dict[str, tuple[Key, ...]] = {ATTENTION: (key(ATTENTION_CORE),)}
+    add_whole(ATTENTION, (ATTENTION_IN, ATTENTION_CORE), one_at_a_time)
     if MLP in reads.blocks:
-        stages.append(Stage(key(MLP), _unique(needs[reads.source(MLP)])))
-        outputs[MLP] = (key(MLP),)
+        add_whole(MLP, (MLP,))
     if ROUTED in reads.blocks:
         stages.append(Stage(key(ROUTE), _unique(needs[reads.source(ROUTED)])))
         for chunk in range(chunks):
@@ -224,8 +267,7 @@ def _layer_stages(
         if not chunks:
             stages.append(Stage(key(EXPERTS), (key(ROUTE),)))
         if SHARED in reads.blocks:
-            stages.append(Stage(key(SHARED), _unique(needs[reads.source(SHARED)])))
-            outputs[SHARED] = (key(SHARED),)
+            add_whole(SHARED, (SHARED,))
         if chunks:
             stages.append(Stage(key(MERGE), tuple(Key(layer, COMBINE, chunk) for chunk in range(chunks))))
         outputs[ROUTED] = (key(MERGE if chunks else EXPERTS),)

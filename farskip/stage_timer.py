@@ -28,12 +28,14 @@ class StageTimer:
         self._clock = clock
         self._seconds: dict[tuple[str, str], list[float]] = {}
         self._launched: dict[tuple[str, Key], float] = {}
+        self._chunks: dict[str, int] = {}
 
     def __call__(self, instruction: Instruction, direction: str) -> Ended:
         """See `farskip.executor.Observer`."""
         _synchronize()
         start = self._clock()
         key = instruction.key
+        self._chunks[key.stage] = max(self._chunks.get(key.stage, 1), 1 + key.chunk)
         if instruction.do is Do.LAUNCH:
             self._launched[direction, key] = start
             return _synchronize
@@ -47,12 +49,16 @@ class StageTimer:
         return end
 
     def times(self) -> StageTimes:
-        """Median milliseconds of every stage and collective seen, per kind of stage over all layers and steps.
+        """Median milliseconds of every stage and collective seen, per kind of stage over all layers and steps; all
+        chunks together, as the simulator takes them.
 
         Raises:
             ValueError: nothing was observed in forward.
         """
-        medians = {key: 1e3 * statistics.median(values) for key, values in self._seconds.items()}
+        medians = {
+            (stage, direction): 1e3 * self._chunks[stage] * statistics.median(values)
+            for (stage, direction), values in self._seconds.items()
+        }
         forward = {stage: value for (stage, direction), value in medians.items() if direction == "forward"}
         if not forward:
             raise ValueError("stage times: nothing was observed; run a step with the timer among executor.observers")

@@ -75,12 +75,16 @@ class ParallelConfig:
     tp: int = 1
     """Neighboring ranks that share attention, dense MLPs and shared experts (tensor parallelism); they get the same
     tokens."""
+    sequence_parallel: bool = False
+    """With tp: each of these ranks holds its share of the tokens between sub-blocks, and reduce-scatter and all-gather
+    stand in the place of each all-reduce. chunks=2 hides most of them under ladder."""
     schedule: ScheduleMode = ScheduleMode.overlapped
     """overlapped: collectives run under compute; serial: each is waited for at once. Same function, same bits."""
     warmup_steps: int = 2
     """Steps that measure the stages before training, to choose the overlapped schedule by; 0: by relative defaults."""
     chunks: int = 1
-    """Parts into which each layer's tokens are cut on their way, so that exchanges also hide under routed experts."""
+    """Parts into which each layer's tokens are cut on their way, so that exchanges also hide under routed experts, and
+    with sequence_parallel under MLPs and shared experts."""
     recompute: Recompute = Recompute.none
     """none. selective: attention core, MLP and experts keep only their inputs; no exchange is repeated. full: keep only
     the residual streams between segments, and compute and exchange the rest again in backward."""
@@ -104,6 +108,11 @@ class ParallelConfig:
         for key, value, low in ((key, getattr(self, key), low) for key, low in lowest.items()):
             if value < low:
                 raise ValueError(f"parallel.{key}={value} is too small; use at least {low}")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError(
+                "parallel.sequence_parallel=true with parallel.tp=1 has no ranks to share tokens among; set tp to 2 or "
+                "more, or sequence_parallel=false"
+            )
         if not self.link.bandwidth_gbit_s > 0:
             raise ValueError(f"parallel.link.bandwidth_gbit_s={self.link.bandwidth_gbit_s} must be above 0")
         if not self.link.latency_us >= 0:

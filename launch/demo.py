@@ -167,7 +167,13 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
     )
     variants: dict[str, Any] = {}
     for mode in (ScheduleMode.serial, ScheduleMode.overlapped):
-        parallel = ParallelConfig(ep=config.parallel.ep, tp=config.parallel.tp, schedule=mode, link=link)
+        parallel = ParallelConfig(
+            ep=config.parallel.ep,
+            tp=config.parallel.tp,
+            sequence_parallel=config.parallel.sequence_parallel,
+            schedule=mode,
+            link=link,
+        )
         variants[mode.value] = job.prepare(load(model_path), parallel, config.balance, ranks, mesh)
 
     results: dict[Any, list[torch.Tensor | None]] = {}

@@ -116,6 +116,7 @@ def prepare(
             tensor_link=tensor_link,
             chunks=parallel.chunks,
             capacity=parallel.capacity or None,
+            sequence_parallel=parallel.sequence_parallel,
         )
     use_kernels(model, parallel.kernels.value)
     if ranks.rank == 0 and not frozen:

@@ -40,6 +40,7 @@ class Attachment:
         checkpoint_layers: layers per recomputed segment when gradient checkpointing is on.
         recomputes_stages: whether stages keep only their inputs; survives a new executor.
         guards: called in front of every forward pass of a parallel model.
+        captures: whether somebody reads what each layer returns, in the forward pass that is under way.
     """
 
     def __init__(self, model: Any, executor: Executor) -> None:
@@ -51,7 +52,7 @@ class Attachment:
         self.mesh: Any = None
         self.guards: BeforeForward | None = None
         self._config: Any = backbone_of(model).config
-        self._captures = False
+        self.captures = False
         self._in_backbone = False
         self._call: _Call | None = None
 
@@ -67,7 +68,7 @@ class Attachment:
             )
         captures = kwargs.get("output_hidden_states")
         captures = self._config.output_hidden_states if captures is None else captures
-        self._captures = bool(captures) or any(_is_hooked(layer) for layer in layers)
+        self.captures = bool(captures) or any(_is_hooked(layer) for layer in layers)
         self._call = None
         self._in_backbone = True
 
@@ -96,7 +97,7 @@ class Attachment:
     def segments(self, *, recompute: bool) -> tuple[Segment, ...]:
         """Where the streams are drained in this forward pass."""
         num_layers = self.executor.num_layers
-        if self._captures:
+        if self.captures:
             return even_segments(num_layers, 1)
         return even_segments(num_layers, self.checkpoint_layers if recompute else num_layers)
 
@@ -111,7 +112,10 @@ class _Call:
         self._segments = iter(self._schedule.segments)
         self._segment = next(self._segments)
         self._arguments: list[Mapping[str, Any]] = []
-        self._x_BSD = self._n_BSD = hidden_BSD
+        self._shards = self._executor.shard_tokens(hidden_BSD.shape)
+        self._x_BSD = self._n_BSD = hidden_BSD if self._shards is None else self._shards.enter(hidden_BSD)
+        self._captures = attachment.captures
+        self._returned = hidden_BSD
 
     def layer(self, index: int, hidden_BSD: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         if index != len(self._arguments):
@@ -119,7 +123,7 @@ class _Call:
                 f"layer {index} was called where layer {len(self._arguments)} stands; put layers in order before "
                 "rewire or parallelize"
             )
-        if hidden_BSD is not self._x_BSD:
+        if hidden_BSD is not self._returned:
             raise RuntimeError(
                 f"layer {index}: its input is not what the layer before returned; something between the layers (a "
                 "hook, an adapter) replaced the hidden states, which farskip cannot honor: put it inside a sub-module"
@@ -127,10 +131,20 @@ class _Call:
         self._arguments.append(kwargs)
         if index + 1 == self._segment.stop:
             self._x_BSD, self._n_BSD = self._executor.run_segment(
-                self._schedule, self._segment, self._x_BSD, self._n_BSD, self._arguments, recompute=self._recompute
+                self._schedule,
+                self._segment,
+                self._x_BSD,
+                self._n_BSD,
+                self._arguments,
+                recompute=self._recompute,
+                shards=self._shards,
             )
             self._segment = next(self._segments, self._segment)
-        return self._x_BSD
+            self._returned = self._x_BSD
+            # Under sequence parallelism the whole stream exists where somebody reads it, and not between segments.
+            if self._shards is not None and (self._captures or index + 1 == self._executor.num_layers):
+                self._returned = self._shards.leave(self._x_BSD)
+        return self._returned
 
 
 def attach(model: Any, executor: Executor) -> Attachment:

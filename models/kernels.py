@@ -143,7 +143,7 @@ def _streams_part(model: Any, setting: str, blocks: Sequence[HFSubBlocks]) -> st
     attachment = attachment_of(model)
     if attachment is None:
         return f"norms {chosen}{some}"
-    if attachment.executor.tensor_parallel is not None:
+    if attachment.executor.graph.chain is not None:
         return f"norms {chosen}{some}, streams added at all-reduces"
     return f"streams and norms {chosen}{some}"
 

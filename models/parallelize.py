@@ -3,7 +3,7 @@
 Experts are spread over the ``ep`` axis of a mesh; attention, dense MLPs and shared experts are cut over its ``tp``
 axis. Where a mesh has both, ``ep`` goes over whole ``tp`` groups: each rank of such a group routes and dispatches its
 share of the tokens that they all see, and its routed output, zero for the tokens of the others, is reduced like any
-other.
+other. Under sequence parallelism such a rank holds the stream of its share only, and nothing is filled with zeros.
 """
 
 from collections.abc import Callable
@@ -43,6 +43,7 @@ def parallelize(
     chunks: int = 1,
     capacity: int | None = None,
     times: StageTimes | None = None,
+    sequence_parallel: bool = False,
     already_cut: bool = False,
 ) -> Model:
     """Spread the routed experts over the ``ep`` axis of a mesh, and cut the other sub-blocks over its ``tp`` axis.
@@ -53,10 +54,13 @@ def parallelize(
             ranks. The ranks of one ``tp`` group have to be given the same tokens; the first forward pass checks it.
         schedule: ``overlapped`` or ``serial``; both compute the same function, bit for bit.
         link: what carries the rows, over the ranks of ``ep``; torch.distributed's group if None.
-        tensor_link: what carries the all-reduces, over the ranks of ``tp``; torch.distributed's group if None.
-        chunks: parts into which the tokens of each layer are cut, so that exchanges also hide under routed experts.
+        tensor_link: what carries the collectives of ``tp``, over its ranks; torch.distributed's group if None.
+        chunks: parts into which the tokens of each layer are cut, so that exchanges also hide under routed experts;
+            with sequence parallelism so are those of MLPs and shared experts.
         capacity: rows that an expert takes from one rank, layer and chunk, later ones are dropped; None drops none.
         times: stage times that rank 0 chooses the schedule by.
+        sequence_parallel: each rank of ``tp`` holds the stream of its share of the tokens only; norms and adds stand
+            between reduce-scatter and all-gather instead of behind an all-reduce. Another bracketing of the same sums.
         already_cut: the parameters are this rank's slices already, as `farskip.load` reads them.
 
     Returns:
@@ -64,7 +68,8 @@ def parallelize(
 
     Raises:
         ValueError: unknown family, experts that ``ep`` does not divide, heads or widths that ``tp`` does not divide, a
-            model that is parallel already, or ranks that disagree about the wiring. The model is untouched.
+            model that is parallel already, sequence parallelism without ``tp``, or ranks that disagree about the
+            wiring. The model is untouched.
     """
     family = family_of_model(model)
     previous = attachment_of(model)
@@ -73,6 +78,11 @@ def parallelize(
     blocks = [family.sub_blocks(layer) for layer in layers_of(model)]
     wiring = wiring_of(model)
     check_mesh(mesh)
+    if sequence_parallel and axis_size(mesh, TP_AXIS) == 1:
+        raise ValueError(
+            "parallelize: sequence_parallel=True with tp=1 has no ranks to share tokens among; make the mesh with "
+            "build_mesh(ep, tp=2) or more, or leave sequence_parallel out"
+        )
     ep = axis_size(mesh, EP_AXIS)
     num_experts = max((_num_experts(block) for block in blocks), default=0)
     dispatcher = None
@@ -85,8 +95,9 @@ def parallelize(
         if not already_cut:
             check_tensor_parallel(model, family, blocks, axis_size(mesh, TP_AXIS))
         tensor_link = tensor_link or ProcessGroupLink(axis_group(mesh, TP_AXIS))
-        tensor_parallel = TensorParallelRanks(tensor_link)
-    _refuse_disagreement({"wiring": wiring.to_dict(), "chunks": chunks, "capacity": capacity})
+        tensor_parallel = TensorParallelRanks(tensor_link, sequence_parallel=sequence_parallel, chunks=chunks)
+    settings = {"chunks": chunks, "capacity": capacity, "sequence_parallel": sequence_parallel}
+    _refuse_disagreement({"wiring": wiring.to_dict(), **settings})
     mode, times = _agree((schedule, times))
     executor = Executor(blocks, wiring, dispatcher=dispatcher, tensor_parallel=tensor_parallel, mode=mode, times=times)
     executor.set_schedule(type(executor.schedule()).from_dict(_agree(executor.schedule().to_dict())))
@@ -111,6 +122,37 @@ def parallelize(
         axis_group(mesh, TP_AXIS) if tensor_parallel is not None else None,
     )
     return model
+
+
+def set_sequence_parallel(model: Any, enabled: bool = True, *, chunks: int = 1) -> None:
+    """Switch sequence parallelism of a parallel model on or off; its parameters lie alike in both. A collective.
+
+    For a model that `farskip.load` has spread, and for generation, where one all-reduce is quicker than two exchanges.
+
+    Args:
+        model: cut over the ``tp`` axis of a mesh.
+        enabled: see `parallelize`.
+        chunks: of MLPs and shared experts; those of routed experts stay as they are.
+
+    Raises:
+        ValueError: a model that is not cut, no chunk, or ranks that disagree.
+
+    Note: the schedule is chosen afresh, by relative stage times; `tune_schedule` measures them.
+    """
+    attachment = attachment_of(model)
+    ranks = attachment.executor.tensor_parallel if attachment is not None else None
+    if attachment is None or not isinstance(ranks, TensorParallelRanks):
+        raise ValueError(
+            "set_sequence_parallel: the model is not cut; call parallelize with a mesh of tp=2 or more first"
+        )
+    changed = TensorParallelRanks(ranks.link, sequence_parallel=enabled, chunks=chunks)
+    _refuse_disagreement({"sequence_parallel": enabled, "chunks": chunks})
+    before = attachment.executor
+    executor = Executor(
+        before.sub_blocks, before.wiring, dispatcher=before.dispatcher, tensor_parallel=changed, mode=before.mode
+    )
+    executor.observers, executor.routing_hook = before.observers, before.routing_hook
+    attach(model, executor)
 
 
 def tune_schedule(model: Any, step: Callable[[], None], num_steps: int = 2) -> StageTimes | None:

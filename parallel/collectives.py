@@ -7,7 +7,7 @@ that delay and poison.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -41,9 +41,25 @@ class Link(Protocol):
         """Start summing a contiguous tensor over the ranks, in place; do not wait."""
         ...
 
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
+        """Start bringing the contiguous rows `tensor` [N, ...] of every rank to all, in `output` [size * N, ...]."""
+        ...
+
+    def reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
+        """Start summing `tensor` [size * N, ...] over the ranks; rank r gets rows r*N .. of the sum, in `output`.
+
+        The order of the terms is fixed by the ranks.
+        """
+        ...
+
     def exchange_counts(self, counts: torch.Tensor) -> Pending:
         """Start sending row r of an int64 tensor [size, n] to rank r; the result is what came from each rank."""
         ...
+
+
+# torch 2.13 renamed both and warns of the old names.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class ProcessGroupLink:
@@ -84,6 +100,14 @@ class ProcessGroupLink:
     def _same_kind(self, group: dist.ProcessGroup) -> Self:
         return type(self)(group)
 
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
+        """See `Link.all_gather`."""
+        return _all_gather(output, tensor, group=self._group, async_op=True)
+
+    def reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
+        """See `Link.reduce_scatter`."""
+        return _reduce_scatter(output, tensor, group=self._group, async_op=True)
+
     def exchange_counts(self, counts: torch.Tensor) -> Pending:
         """See `Link.exchange_counts`."""
         received, one_row = torch.empty_like(counts), (1,) * self.size
@@ -121,3 +145,43 @@ class AllToAll:
     def reverse(self) -> Self:
         """The exchange that carries rows, or their gradients, back."""
         return type(self)(link=self.link, input_splits=self.output_splits, output_splits=self.input_splits)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllGather:
+    """The rows of all ranks to every rank; its gradient is the reduce-scatter.
+
+    Attributes:
+        link: the wire.
+    """
+
+    link: Link
+
+    def launch(self, tensor: torch.Tensor) -> Pending:
+        """Start it: contiguous [N, ...], the same N on all ranks; pending [size * N, ...]. Keeps `tensor` alive."""
+        output = tensor.new_empty((self.link.size * tensor.shape[0], *tensor.shape[1:]))
+        return Pending(output, self.link.all_gather(output, tensor), keep=(tensor,), meter=self.link.meter)
+
+    def reverse(self) -> "ReduceScatter":
+        """What carries gradients back to the ranks that the rows came from, and sums them."""
+        return ReduceScatter(link=self.link)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReduceScatter:
+    """The sum over the ranks, each rank its own rows of it; its gradient is the all-gather.
+
+    Attributes:
+        link: the wire.
+    """
+
+    link: Link
+
+    def launch(self, tensor: torch.Tensor) -> Pending:
+        """Start it: contiguous [size * N, ...]; pending [N, ...]. Keeps `tensor` alive."""
+        output = tensor.new_empty((tensor.shape[0] // self.link.size, *tensor.shape[1:]))
+        return Pending(output, self.link.reduce_scatter(output, tensor), keep=(tensor,), meter=self.link.meter)
+
+    def reverse(self) -> AllGather:
+        """What brings the gradient of every rank's rows to all ranks."""
+        return AllGather(link=self.link)

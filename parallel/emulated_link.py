@@ -71,6 +71,22 @@ class EmulatedLink(ProcessGroupLink):
         """A wire of its own, as fast as this one."""
         return type(self)(group, bandwidth_gbit_s=self._bytes_per_s * 8e-9, latency_us=self._latency_s * 1e6)
 
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
+        """See `Link.all_gather`; takes as long as a ring, which sends (W - 1) / W of the result from every rank."""
+        self._refuse_cuda(tensor)
+        return self._ring("all_gather", super().all_gather(output, tensor), output)
+
+    def reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
+        """See `Link.reduce_scatter`; takes as long as a ring, which sends (W - 1) / W of the tensor from every rank."""
+        self._refuse_cuda(tensor)
+        return self._ring("reduce_scatter", super().reduce_scatter(output, tensor), tensor)
+
+    def _ring(self, name: str, work: Work, whole: torch.Tensor) -> Work:
+        paced = _Paced(work)
+        ring_bytes = (self.size - 1) / self.size * whole.nbytes
+        self._jobs.put((paced, name, ring_bytes / self._bytes_per_s + self._latency_s))
+        return paced
+
     def close(self) -> None:
         """End the helper thread."""
         self._jobs.put(None)

@@ -61,6 +61,14 @@ class PacedCopyLink:
         """See `Link.all_reduce`: the sum over one rank is the tensor; it takes as long as sending it once."""
         return self._transfer("all_reduce", tensor, None)
 
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
+        """See `Link.all_gather`: the rows of one rank."""
+        return self._transfer("all_gather", output, tensor)
+
+    def reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
+        """See `Link.reduce_scatter`: the sum over one rank."""
+        return self._transfer("reduce_scatter", output, tensor)
+
     def exchange_counts(self, counts: torch.Tensor) -> Pending:
         """See `Link.exchange_counts`."""
         received = torch.empty_like(counts)

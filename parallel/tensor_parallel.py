@@ -1,10 +1,11 @@
-"""Tensor parallelism between ranks: the all-reduce that the executor launches, and what happened to each parameter.
+"""Tensor parallelism between ranks: the collectives that the executor launches, and what happened to each parameter.
 
 Column-parallel projections hold a slice of their outputs, row-parallel ones a slice of their inputs; every rank of the
-``tp`` axis sees the same tokens and adds one term to each sub-block's output. So of a model's parameters on a rank
+``tp`` axis is given the same tokens and adds one term to each sub-block's output. So of a model's parameters on a rank
 
     sharded     are slices: their gradients are whole
-    partial     are replicated, but see only this rank's slice or share: their gradients are terms of a sum over ``tp``
+    partial     are replicated, but see only this rank's slice or share of tokens, as norms do under sequence
+                parallelism: their gradients are terms of a sum over ``tp``
     the rest    (embeddings, final norm, head) are replicated and do the same work everywhere: equal, whole gradients
 """
 
@@ -15,7 +16,8 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from farskip.parallel.collectives import Link
+from farskip.async_autograd import Collective
+from farskip.parallel.collectives import AllGather, Link
 from farskip.pending import Pending
 
 
@@ -24,12 +26,22 @@ class TensorParallelRanks:
 
     Args:
         link: the ranks of the ``tp`` axis.
+        sequence_parallel: see there.
+        chunks: see there.
+
+    Raises:
+        ValueError: no chunk.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, *, sequence_parallel: bool = False, chunks: int = 1) -> None:
+        if chunks < 1:
+            raise ValueError(f"chunks={chunks} is too small; use 1 for no chunks, or more")
         self.link = link
         self.rank = link.rank
         self.size = link.size
+        self.sequence_parallel = sequence_parallel
+        self.chunks = chunks
+        self.gather: Collective = AllGather(link=link)
 
     def all_reduce(self, tensor: torch.Tensor) -> Pending:
         """See `TensorParallel.all_reduce`."""

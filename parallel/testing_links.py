@@ -85,6 +85,14 @@ class FakeLink:
         self.in_flight.append(_Exchange(self, tensor, lambda: sent, self._delay()))
         return self.in_flight[-1]
 
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
+        """See `Link.all_gather`: the rows of one rank."""
+        return self.all_to_all(output, tensor, (tensor.shape[0],), (tensor.shape[0],))
+
+    def reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
+        """See `Link.reduce_scatter`: the sum over one rank."""
+        return self.all_to_all(output, tensor, (tensor.shape[0],), (tensor.shape[0],))
+
     def exchange_counts(self, counts: torch.Tensor) -> Pending:
         """See `Link.exchange_counts`."""
         received = torch.empty_like(counts)
@@ -145,6 +153,18 @@ class LateLink(ProcessGroupLink):
         arrived = tensor.clone()
         poison(tensor)
         return _Late(super().all_reduce(arrived), tensor, arrived)
+
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
+        """See `Link.all_gather`."""
+        arrived = torch.empty_like(output)
+        poison(output)
+        return _Late(super().all_gather(arrived, tensor), output, arrived)
+
+    def reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
+        """See `Link.reduce_scatter`."""
+        arrived = torch.empty_like(output)
+        poison(output)
+        return _Late(super().reduce_scatter(arrived, tensor), output, arrived)
 
 
 class _Late:

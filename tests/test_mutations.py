@@ -73,6 +73,11 @@ CHAIN = "farskip/test_chain.py"
 REDUCTION = "farskip/test_reduction_autograd.py"
 REDUCED = "farskip/test_reduced_residual.py"
 TENSOR_GRID = "models/test_tensor_parallel.py"
+EARLIEST = "farskip/test_earliest_start.py"
+SHARES = "farskip/test_token_shards.py"
+SHARDED = "farskip/test_sharded_executor.py"
+SEQUENCE_GRID = "models/test_sequence_parallel.py"
+TENSOR_LINKS = "parallel/test_tensor_parallel.py"
 
 
 def slowest_link(wiring: str = "farskip") -> Catch:
@@ -107,6 +112,19 @@ def tensor_point(**changes: Any) -> Catch:
     return Catch(TENSOR_GRID, "run_corner", (changes,), 2)
 
 
+def sharded(wiring: str = "ladder", mix: str = "mixed", expert_parallel: bool = True, chunks: int = 3) -> Catch:
+    name = "test_serial_overlapped_and_the_plain_executor_agree"
+    return Catch(SHARDED, name, (wiring, mix, expert_parallel, chunks))
+
+
+def sequence_point(**changes: Any) -> Catch:
+    return Catch(SEQUENCE_GRID, "run_corner", (changes,), 2)
+
+
+SHARES_ON_LATE_LINKS = Catch(
+    TENSOR_LINKS, "test_a_model_over_a_late_link_keeps_its_bits", ({"sequence_parallel": True},)
+)
+TWO_ENDS = Catch(EARLIEST, "test_ladder_in_two_chunks_exposes_only_the_two_ends", (1.0, 0.25))
 REDUCES_UNDER_WAY = "test_all_reduces_are_under_way_exactly_while_the_schedule_says_so"
 FORWARD_UNDER_WAY = Catch(REDUCED, REDUCES_UNDER_WAY, ("ladder", "overlapped", "forward"))
 BACKWARD_UNDER_WAY = Catch(REDUCED, REDUCES_UNDER_WAY, ("ladder", "overlapped", "backward"))
@@ -465,7 +483,7 @@ MUTATIONS = [
     Mutation(
         "hidden states may be replaced",
         _MODELS + "attach:_Call.layer",
-        "hidden_BSD is not self._x_BSD",
+        "hidden_BSD is not self._returned",
         "False",
         Catch(WIRINGS, "test_a_hook_that_replaces_hidden_states_between_layers_is_refused"),
     ),
@@ -852,6 +870,115 @@ MUTATIONS = [
         "another_group(mesh, TP_AXIS)",
         "axis_group(mesh, TP_AXIS)",
         Catch("models/test_sliced_norm.py", "norms_beside_what_is_in_flight", (), 2),
+    ),
+    # sequence parallelism
+    *(
+        Mutation(
+            f"what is {verb} is not kept",
+            _PARALLEL + f"collectives:{kind}.launch",
+            "keep=(tensor,)",
+            "keep=()",
+            SHARES_ON_LATE_LINKS,
+        )
+        for verb, kind in (("gathered", "AllGather"), ("scattered", "ReduceScatter"))
+    ),
+    Mutation(
+        "a gather is its own gradient",
+        _PARALLEL + "collectives:AllGather.reverse",
+        "ReduceScatter(link=self.link)",
+        "self",
+        Catch(TENSOR_LINKS, "gathered_and_scattered", (), 3),
+    ),
+    Mutation(
+        "a sub-block does not wait for its gather",
+        _CORE + "stage_graph:_layer_stages",
+        "(*(add(GATHER[block], after, chunk) if sequence_chunks else after), *before)",
+        "(*((add(GATHER[block], after, chunk), after)[1] if sequence_chunks else after), *before)",
+        sharded(),
+    ),
+    Mutation(
+        "the stream does not wait for a scatter",
+        _CORE + "stage_graph:_layer_stages",
+        "outputs[block] += add(SCATTER[block], last, chunk) if sequence_chunks else last",
+        "outputs[block] += (add(SCATTER[block], last, chunk), last)[1] if sequence_chunks else last",
+        sharded(),
+    ),
+    Mutation(
+        "the stream behind attention does not wait for its scatter",
+        _CORE + "stage_graph:build_stage_graph",
+        "SCATTER[ATTENTION] if sequence_chunks else ATTENTION_CORE",
+        "ATTENTION_CORE",
+        sharded("ordinary"),
+    ),
+    Mutation(
+        "an output is handed on with its first chunk",
+        _CORE + "executor:_SegmentRun._put_part",
+        "self._shards.chunks if chunked else 1",
+        "1",
+        sharded(),
+    ),
+    Mutation(
+        "chunks are joined as they arrive, whatever their numbers",
+        _CORE + "executor:_SegmentRun._put_part",
+        "for chunk in sorted(parts)",
+        "for chunk in reversed(sorted(parts))",
+        sharded(),
+    ),
+    Mutation(
+        "the list by earliest start forgets its waits",
+        _CORE + "earliest_start:earliest_start",
+        "steps.append(Instruction(Do.WAIT, key))",
+        "pass",
+        TWO_ENDS,
+    ),
+    Mutation(
+        "what a launch hangs on has no precedence",
+        _CORE + "earliest_start:earliest_start",
+        "not is_fed(number), number",
+        "number",
+        Catch(EARLIEST, "test_more_chunks_than_two_still_hide_everything_between_the_ends"),
+    ),
+    Mutation(
+        "the list goes by program order, not by what can start",
+        _CORE + "earliest_start:earliest_start",
+        "(start(number), not",
+        "(not",
+        Catch(EARLIEST, "test_compute_stands_still_only_if_no_stage_could_start"),
+    ),
+    Mutation(
+        "rows of zeros come back with the others",
+        _CORE + "token_shards:TokenShards.joined",
+        "part_MD[:size]",
+        "part_MD",
+        Catch(SHARES, "test_chunks_hold_every_row_once_and_padding_has_no_gradient", (2, 2, (1, 7))),
+    ),
+    Mutation(
+        "attention sees rows of zeros",
+        _CORE + "token_shards:TokenShards.whole",
+        "min(self._sizes) < width",
+        "False",
+        Catch(SHARES, "test_shares_make_the_whole_and_the_whole_makes_the_shares", (2, 1, (1, 7))),
+    ),
+    Mutation(
+        "the gradient of a stream that all ranks hold is summed over them",
+        _CORE + "token_shards:_Leave.backward",
+        "ctx.shards.mine(gradient_BSD)",
+        "2.0 * ctx.shards.mine(gradient_BSD)",
+        sequence_point(case="llama"),
+    ),
+    Mutation(
+        "the embedding's gradient has the tokens of one rank only",
+        _CORE + "token_shards:_Enter.backward",
+        "ctx.shards.gathered(gradient_1ND)",
+        "ctx.shards.gathered(gradient_1ND * (ctx.shards._rank == 0))",
+        sequence_point(case="llama"),
+    ),
+    Mutation(
+        "chunks of one sub-block are cut from the time of all",
+        _CORE + "simulator:simulate",
+        "max(parts[step.key.layer, step.key.stage], 1)",
+        "max(parts.values())",
+        Catch(EARLIEST, "test_a_stage_in_chunks_takes_as_long_as_in_one_piece"),
     ),
     # balance, links, simulator
     Mutation(

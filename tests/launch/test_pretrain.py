@@ -236,6 +236,10 @@ BAD = {
     "a negative capacity": (["parallel.capacity=-1"], "parallel.capacity=-1 is too small; use at least 0"),
     "kernels": (["parallel.kernels=tritn"], "parallel.kernels: Invalid value 'tritn', expected"),
     "kernels without a GPU": (["parallel.kernels=triton"], "backend 'triton' cannot run on a cpu tensor; "),
+    "shares of one rank": (
+        ["parallel.sequence_parallel=true"],
+        "parallel.sequence_parallel=true with parallel.tp=1 has no ranks to share tokens among; set tp to 2 or more",
+    ),
     "bandwidth": (["parallel.link.bandwidth_gbit_s=0"], "parallel.link.bandwidth_gbit_s=0.0 must be above 0"),
     "a NaN": (["training.optimizer.learning_rate=1e30", "training.num_steps=3"], "step "),
     "heads": (["model.config.num_attention_heads=3"], "model.config.num_attention_heads=3 is no multiple of num_key_"),

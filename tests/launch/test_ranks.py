@@ -342,11 +342,21 @@ def test_torchrun_with_a_capacity(workshop: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wiring", ["ladder", "farskip"])
-def test_torchrun_with_tensor_parallelism(wiring: str, workshop: Any, farskip_command: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wiring", "cut"),
+    [
+        ("ladder", ["parallel.tp=2"]),
+        ("farskip", ["parallel.tp=2"]),
+        ("farskip", ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.chunks=2", "profile.steps=[4]"]),
+    ],
+    ids=str,
+)
+def test_torchrun_with_tensor_parallelism(
+    wiring: str, cut: list[str], workshop: Any, farskip_command: Any, tmp_path: Path
+) -> None:
     """Two ranks that share every tensor learn what one rank learns, and a run that was cut short goes on."""
     more = [f"wiring.name={wiring}", "training.num_steps=4", "training.checkpoint.every_steps=2"]
-    words = workshop.pretrain(tmp_path / "two", *more, "parallel.tp=2")
+    words = workshop.pretrain(tmp_path / "two", *more, *cut)
     for steps in ("2", "4"):
         done = subprocess.run(
             torchrun(*words, f"training.num_steps={steps}", "run.resume=true"),
@@ -364,6 +374,12 @@ def test_torchrun_with_tensor_parallelism(wiring: str, workshop: Any, farskip_co
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (two, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert farskip.wiring_of(farskip.load(tmp_path / "two" / "model")).name == wiring
+    if "profile.steps=[4]" in cut:
+        traces = [str(path) for path in sorted((tmp_path / "two" / "traces").iterdir())]
+        code, out, _ = farskip_command(["trace", *traces, "--schedule", str(tmp_path / "two" / "schedule.json")])
+        plans = [line.split() for line in out.splitlines() if line.strip().startswith("planned schedule:")]
+        assert code == 0 and plans and all(words[2] == words[4] for words in plans)
+        assert "unplanned" not in out and "gather_attention" in out and "scatter_shared::backward" in out
 
 
 @pytest.mark.slow

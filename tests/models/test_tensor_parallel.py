@@ -56,6 +56,7 @@ class Setting:
     sequences: int = 2
     length: int = 7
     kernels: str = "off"
+    sequence_parallel: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -95,7 +96,15 @@ def parallel_step(setting: Setting, mode: str, link_kind: type[ProcessGroupLink]
     mesh = build_mesh(setting.ep, tp=setting.tp)
     link = link_kind(axis_group(mesh, EP_AXIS)) if setting.ep > 1 else None
     tensor_link = link_kind(axis_group(mesh, TP_AXIS)) if setting.tp > 1 else None
-    model = parallelize(base_model(setting), mesh, mode, link=link, tensor_link=tensor_link, chunks=setting.chunks)
+    model = parallelize(
+        base_model(setting),
+        mesh,
+        mode,
+        link=link,
+        tensor_link=tensor_link,
+        chunks=setting.chunks,
+        sequence_parallel=setting.sequence_parallel,
+    )
     attachment = attachment_of(model)
     assert attachment is not None
     data_parallel = DataParallel(
@@ -215,7 +224,8 @@ def generation_agrees(settings: list[Setting]) -> None:
         }
         for mode, cache in itertools.product(("serial", "overlapped"), (None, "static")):
             tensor_link = LateLink(axis_group(mesh, TP_AXIS))
-            model = parallelize(base_model(setting), mesh, mode, tensor_link=tensor_link).eval()
+            more: dict[str, Any] = {"tensor_link": tensor_link, "sequence_parallel": setting.sequence_parallel}
+            model = parallelize(base_model(setting), mesh, mode, **more).eval()
             ours, theirs = (each.generate(ids, cache_implementation=cache, **options) for each in (model, one))
             assert torch.equal(ours.sequences, theirs.sequences), f"{setting} {mode} {cache}"
             for mine, other in zip(ours.logits, theirs.logits, strict=True):
@@ -238,9 +248,9 @@ def test_generation_gives_the_tokens_of_one_rank(case: str, wiring: str, ep: int
     rank_pool.run(generation_agrees, 2, settings)
 
 
-def hidden_states_agree() -> None:
+def hidden_states_agree(sequence_parallel: bool) -> None:
     setting = Setting(case="deepseek_v3", wiring="farskip", ep=2)
-    model = parallelize(base_model(setting), build_mesh(2, tp=2)).eval()
+    model = parallelize(base_model(setting), build_mesh(2, tp=2), sequence_parallel=sequence_parallel).eval()
     one, ids = base_model(setting).eval(), token_ids(2, 5)
     with torch.no_grad():
         ours, theirs = (each(ids, output_hidden_states=True).hidden_states for each in (model, one))
@@ -248,8 +258,9 @@ def hidden_states_agree() -> None:
         assert_close(mine, other, **LOGITS)
 
 
-def test_hidden_states_of_every_layer_are_those_of_one_rank(rank_pool: "RankPool") -> None:
-    rank_pool.run(hidden_states_agree, 2)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_hidden_states_of_every_layer_are_those_of_one_rank(sequence_parallel: bool, rank_pool: "RankPool") -> None:
+    rank_pool.run(hidden_states_agree, 2, sequence_parallel)
 
 
 # -- the model as a whole ---------------------------------------------------------------------------------------------
@@ -303,19 +314,23 @@ def test_the_whole_state_for_the_first_rank_only(rank_pool: "RankPool") -> None:
     assert (first, second) == (num_tensors, 0)
 
 
-def rewired_afterwards() -> None:
+def rewired_afterwards(more: dict[str, Any]) -> None:
     setting, mesh, ids = Setting(case="qwen3"), build_mesh(1, tp=2), token_ids(2, 5)
-    late = rewire(parallelize(base_model(Setting(case="qwen3", wiring="ordinary")), mesh), "ladder")
-    assert_equal_bits(late(ids).logits, parallelize(base_model(setting), mesh)(ids).logits)
+    late = rewire(parallelize(base_model(Setting(case="qwen3", wiring="ordinary")), mesh, **more), "ladder")
+    expected = parallelize(base_model(setting), mesh, **more)
+    assert_equal_bits(late(ids).logits, expected(ids).logits)
+    graphs = [attachment_of(model).executor.graph for model in (late, expected)]  # type: ignore[union-attr]
+    assert graphs[0] == graphs[1] and graphs[0].is_sequence_parallel == bool(more)
 
 
-def test_a_parallel_model_can_be_rewired(rank_pool: "RankPool") -> None:
-    rank_pool.run(rewired_afterwards, 2)
+@pytest.mark.parametrize("more", [{}, {"sequence_parallel": True, "chunks": 2}], ids=str)
+def test_a_parallel_model_can_be_rewired(more: dict[str, Any], rank_pool: "RankPool") -> None:
+    rank_pool.run(rewired_afterwards, 2, more)
 
 
-def schedule_by_measured_times(case: str, wiring: str, ep: int) -> list[str]:
+def schedule_by_measured_times(case: str, wiring: str, ep: int, more: dict[str, Any]) -> list[str]:
     setting = Setting(case=case, wiring=wiring, ep=ep)
-    model = parallelize(base_model(setting), build_mesh(ep, tp=2))
+    model = parallelize(base_model(setting), build_mesh(ep, tp=2), **more)
     ids = token_ids(2, 7)
 
     def once() -> None:
@@ -330,16 +345,16 @@ def schedule_by_measured_times(case: str, wiring: str, ep: int) -> list[str]:
 @pytest.mark.parametrize(("case", "wiring", "ep"), [("deepseek_v3", "farskip", 2), ("llama", "parallel", 1)])
 def test_the_schedule_can_be_chosen_by_measured_times(case: str, wiring: str, ep: int, rank_pool: "RankPool") -> None:
     """Backward reduces at other points than forward, under names that forward may not have."""
-    seen = rank_pool.run(schedule_by_measured_times, 2, case, wiring, ep)
+    seen = rank_pool.run(schedule_by_measured_times, 2, case, wiring, ep, {})
     assert seen[0] == seen[1] and "reduce_mlp" in seen[0]
     assert ("reduce_attention" in seen[0]) == (wiring == "farskip")
 
 
-def selective_recomputation_changes_no_bit(case: str, ep: int) -> None:
+def selective_recomputation_changes_no_bit(case: str, ep: int, **more: Any) -> None:
     setting, found = Setting(case=case, wiring="farskip", ep=ep), []
     for selective in (False, True):
         mesh = build_mesh(ep, tp=2)
-        model = parallelize(base_model(setting), mesh, tensor_link=LateLink(axis_group(mesh, TP_AXIS)))
+        model = parallelize(base_model(setting), mesh, tensor_link=LateLink(axis_group(mesh, TP_AXIS)), **more)
         if selective:
             recompute_stages(model)
         ids = token_ids(2, 7)
@@ -354,7 +369,7 @@ def test_selective_recomputation_changes_no_bit(case: str, ep: int, rank_pool: "
     rank_pool.run(selective_recomputation_changes_no_bit, 2, case, ep)
 
 
-def low_precision(kind: str, case: str, ep: int) -> None:
+def low_precision(kind: str, case: str, ep: int, **more: Any) -> None:
     """bf16: equal bits of the modes; against one rank the roundings differ."""
     setting = Setting(case=case, wiring="ladder", ep=ep)
     ids, found = token_ids(2, 7), []
@@ -369,7 +384,8 @@ def low_precision(kind: str, case: str, ep: int) -> None:
 
     for mode in ("serial", "overlapped"):
         mesh = build_mesh(ep, tp=2)
-        found.append(run(parallelize(base_model(setting), mesh, mode, tensor_link=LateLink(axis_group(mesh, TP_AXIS)))))
+        link = LateLink(axis_group(mesh, TP_AXIS))
+        found.append(run(parallelize(base_model(setting), mesh, mode, tensor_link=link, **more)))
     assert_equal_bits(found[1][0], found[0][0])
     assert_equal_bits(found[1][1], found[0][1])
     # 2 ** -8 relative rounding per operation, a dozen operations deep: a missing term would be off by 1.
@@ -382,7 +398,7 @@ def test_low_precision(kind: str, case: str, ep: int, rank_pool: "RankPool") -> 
     rank_pool.run(low_precision, 2, kind, case, ep)
 
 
-def frozen_parts(frozen: str, case: str) -> None:
+def frozen_parts(frozen: str, case: str, **more: Any) -> None:
     """What stands behind frozen parameters (their names are found by an expression) gets the gradients of one rank, and
     nobody waits for the others."""
     setting, ids, found = Setting(case=case), token_ids(2, 7), []
@@ -392,7 +408,7 @@ def frozen_parts(frozen: str, case: str) -> None:
             parameter.requires_grad_(re.search(frozen, name) is None)
         mesh = build_mesh(1, tp=2)
         if mode is not None:
-            parallelize(model, mesh, mode, tensor_link=LateLink(axis_group(mesh, TP_AXIS)))
+            parallelize(model, mesh, mode, tensor_link=LateLink(axis_group(mesh, TP_AXIS)), **more)
         for _ in range(2):  # accumulated
             next_token_loss(model(ids, use_cache=False).logits, ids).backward()
         found.append((gradients(model), model))
@@ -477,6 +493,9 @@ def refusals() -> dict[str, str]:
     attempt_model("noise", "mixtral", 2, router_jitter_noise=0.1)
     beside = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
     attempt("mesh", lambda: parallelize(base_model(Setting()), beside))
+    attempt("no tp", lambda: parallelize(base_model(Setting()), build_mesh(4), sequence_parallel=True))
+    disagree = dist.get_rank() == 2
+    attempt("ranks", lambda: parallelize(base_model(Setting()), build_mesh(1, tp=2), sequence_parallel=disagree))
     return said
 
 
@@ -494,6 +513,9 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(rank_pool: "RankPool") ->
         "noise": "tensor parallelism: router_jitter_noise=0.1 draws other random numbers on every rank; set it to 0",
         "mesh": "mesh ('ep', 'tp'): experts are spread over whole tensor-parallel groups, not beside them; make the "
         "mesh with build_mesh(ep, tp=...)",
+        "no tp": "parallelize: sequence_parallel=True with tp=1 has no ranks to share tokens among; make the mesh with "
+        "build_mesh(ep, tp=2) or more, or leave sequence_parallel out",
+        "ranks": "parallelize: rank 2 has sequence_parallel True, rank 0 False; give all ranks the same",
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from farskip.parallel.collectives import AllToAll, ProcessGroupLink
+from farskip.parallel.collectives import AllGather, AllToAll, ProcessGroupLink
 from farskip.parallel.emulated_link import EmulatedLink
 
 if TYPE_CHECKING:
@@ -62,6 +62,23 @@ def same_results() -> None:
 
 def test_results_are_those_of_the_real_link(rank_pool: "RankPool") -> None:
     rank_pool.run(same_results, 2)
+
+
+def rings() -> None:
+    """Of two ranks each sends half of the whole: 20 kB over 2 MB/s."""
+    link = EmulatedLink(bandwidth_gbit_s=0.016, latency_us=5000)
+    gather = AllGather(link=link)
+    try:
+        for exchange_of, rows in ((gather, 5), (gather.reverse(), 10)):
+            start = time.perf_counter()
+            assert exchange_of.launch(torch.ones(rows, 1000)).wait().shape == (15 - rows, 1000)
+            assert time.perf_counter() - start >= 0.015
+    finally:
+        link.close()
+
+
+def test_a_gather_and_a_scatter_take_as_long_as_a_ring(rank_pool: "RankPool") -> None:
+    rank_pool.run(rings, 2)
 
 
 def own_rows_are_free() -> None:

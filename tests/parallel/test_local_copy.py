@@ -18,6 +18,13 @@ def no_row_travels() -> None:
     link.all_to_all(empty, mine[:0], [1, 1], [0, 0]).wait()
     assert torch.equal(empty, torch.zeros(2, 3))
     assert link.num_bytes == output.nbytes + empty.nbytes
+    whole = torch.full((8, 3), float("nan"))
+    link.all_gather(whole, mine).wait()
+    assert torch.equal(whole, torch.full((8, 3), float(dist.get_rank())))
+    part = torch.full((4, 3), float("nan"))
+    link.reduce_scatter(part, torch.arange(24.0).view(8, 3)).wait()
+    assert torch.equal(part, torch.arange(24.0).view(8, 3)[4 * dist.get_rank() :][:4])
+    assert link.num_bytes == output.nbytes + empty.nbytes + 2 * whole.nbytes
 
 
 def counts_are_real_until_frozen() -> list[list[int]]:

@@ -17,8 +17,8 @@ from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.mesh import DATA_AXIS, EP_AXIS, REPLICA_AXIS, TP_AXIS, axes_of, axis_group, axis_size, build_mesh
 from farskip.parallel.paced_copy_link import PacedCopyLink
 from farskip.parallel.tensor_parallel import TensorLayout, TensorParallelRanks, gather_slices, slice_of
-from farskip.parallel.testing_links import FakeLink, at_wait
-from farskip.testing import assert_equal_bits
+from farskip.parallel.testing_links import FakeLink, LateLink, at_wait, random_delay
+from farskip.testing import assert_equal_bits, poison_empty
 
 if TYPE_CHECKING:
     from farskip.testing import RankPool
@@ -93,6 +93,28 @@ def test_all_reduce_sums_in_place(rank_pool: "RankPool") -> None:
     rank_pool.run(all_reduce, 2)
 
 
+def gathered_and_scattered() -> None:
+    """Rank by rank, whatever the dtype, late or not; what is sent stays as it was; each is the other's reverse."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for link, dtype in ((ProcessGroupLink(), torch.float32), (LateLink(), torch.float64), (LateLink(), torch.bfloat16)):
+        gather = TensorParallelRanks(link, sequence_parallel=True).gather
+        rows = torch.arange(6, dtype=dtype).view(3, 2) + 10 * rank
+        pending = gather.launch(rows)
+        assert not isinstance(link, LateLink) or pending.unfilled.isnan().all()
+        expected = [torch.arange(6, dtype=dtype).view(3, 2) + 10 * each for each in range(size)]
+        assert torch.equal(pending.wait(), torch.cat(expected)) and torch.equal(rows, expected[rank])
+        terms = torch.arange(2 * 3 * size, dtype=dtype).view(3 * size, 2) * (rank + 1)
+        pending = gather.reverse().launch(terms)
+        assert not isinstance(link, LateLink) or pending.unfilled.isnan().all()
+        total = torch.arange(2 * 3 * size, dtype=dtype).view(size, 3, 2)[rank] * (size * (size + 1) // 2)
+        assert torch.equal(pending.wait(), total)
+        assert gather.reverse().reverse() == gather
+
+
+def test_rows_of_all_ranks_are_gathered_and_their_sum_is_scattered(rank_pool: "RankPool") -> None:
+    rank_pool.run(gathered_and_scattered, 3)
+
+
 LAYOUT = TensorLayout(sharded={"slice": 1}, partial=frozenset({"norm"}))
 
 
@@ -144,25 +166,35 @@ def test_the_norm_counts_every_slice_once(ep: int, rank_pool: "RankPool") -> Non
         assert list(factors.values()) == pytest.approx([1 / expected] * 4, rel=1e-5)
 
 
-def model_over(link: Any, mode: str, device: str) -> dict[str, torch.Tensor]:
-    """Logits and gradients of a model of one rank whose outputs still go through all-reduces."""
+def model_over(link: Any, mode: str, device: str, **more: Any) -> dict[str, torch.Tensor]:
+    """Logits and gradients of a model of one rank whose outputs still go through the collectives."""
     model = rewire(tiny_model("deepseek_v3"), "ladder").to(device)
     blocks = [family_of_model(model).sub_blocks(layer) for layer in layers_of(model)]
-    attach(model, Executor(blocks, wiring_of(model), tensor_parallel=TensorParallelRanks(link), mode=mode))
+    attach(model, Executor(blocks, wiring_of(model), tensor_parallel=TensorParallelRanks(link, **more), mode=mode))
     logits, gradients = run_backward(model, token_ids(2, 9).to(device), use_cache=False)
     return {"logits": logits, **gradients}
 
 
-def test_a_model_over_a_late_link_keeps_its_bits() -> None:
-    links = {mode: FakeLink(at_wait) for mode in ("serial", "overlapped")}
-    serial, overlapped = (model_over(link, mode, "cpu") for mode, link in links.items())
-    assert_equal_bits(overlapped, serial)
-    for link in links.values():
-        assert not link.in_flight and not link.lost, "a buffer was freed while it was under way"
+WAYS: list[dict[str, Any]] = [{}, {"sequence_parallel": True}, {"sequence_parallel": True, "chunks": 3}]
+
+
+@pytest.mark.parametrize("more", WAYS, ids=str)
+def test_a_model_over_a_late_link_keeps_its_bits(more: dict[str, Any]) -> None:
+    links = (FakeLink(at_wait), FakeLink(at_wait), FakeLink(random_delay(0)))
+    with poison_empty():
+        serial, *others = (
+            model_over(link, mode, "cpu", **more)
+            for link, mode in zip(links, ("serial", "overlapped", "overlapped"), strict=True)
+        )
+    for found in others:
+        assert_equal_bits(found, serial)
+    assert not any(link.in_flight or link.lost for link in links)
+    assert all(tensor.isfinite().all() for tensor in serial.values())
 
 
 @pytest.mark.gpu
-def test_a_model_over_the_one_gpu_test_bed_keeps_its_bits() -> None:
+@pytest.mark.parametrize("more", WAYS, ids=str)
+def test_a_model_over_the_one_gpu_test_bed_keeps_its_bits(more: dict[str, Any]) -> None:
     link = PacedCopyLink(torch.device("cuda"), bandwidth_gbyte_s=0.05, latency_us=200.0)
-    serial, overlapped = (model_over(link, mode, "cuda") for mode in ("serial", "overlapped"))
+    serial, overlapped = (model_over(link, mode, "cuda", **more) for mode in ("serial", "overlapped"))
     assert_equal_bits(overlapped, serial)
