@@ -162,6 +162,10 @@ class Executor:
             Both streams behind the segment, nothing in flight.
         """
         steps = schedule.of_segment(segment)
+        ranks = self.tensor_parallel
+        assert (shards is not None) == (ranks is not None and ranks.sequence_parallel), (
+            "ask shard_tokens for the shares"
+        )
         runs = 0
 
         def run(x_BSD: torch.Tensor, n_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
