@@ -170,6 +170,10 @@ class Executor:
         """
         steps = schedule.of_segment(segment)
         plan = self._fusion_plan(schedule, segment, x_BSD)
+        ranks = self.tensor_parallel
+        assert (shards is not None) == (ranks is not None and ranks.sequence_parallel), (
+            "ask shard_tokens for the shares"
+        )
         runs = 0
 
         def run(x_BSD: torch.Tensor, n_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

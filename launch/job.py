@@ -273,6 +273,11 @@ def write_plan(prepared: Prepared, config: Any, folder: Path, ranks: Ranks, time
     schedule = schedule_of(prepared)
     write_text(folder / "schedule.json", json.dumps(schedule.to_dict(), indent=1) + "\n")
     text = [f"{wiring_of(prepared.model)}, {schedule.mode}"]
+    attachment = attachment_of(prepared.model)
+    if attachment is not None and attachment.executor.graph.is_sequence_parallel:
+        text += [
+            "besides, once per pass and exposed: an all-gather behind the last layer, in backward before the first"
+        ]
     for direction, steps in (("forward", schedule.forward), ("backward", schedule.backward)):
         text += ["", direction, schedule.timeline(direction)]
         if times is not None:

@@ -57,6 +57,7 @@ FOUR: dict[str, Any] = {"world": 4, "tp": 4, "sequences": 1, "changes": {"num_ke
 CORNERS = [
     Setting(case="llama-biased-tied", chunks=2),
     Setting(case="qwen3_moe", ep=4, chunks=2, length=3, **FOUR),  # one rank has no token
+    Setting(case="qwen3_moe", length=3, **FOUR),
     Setting(case="llama", chunks=3, length=5, **FOUR),  # chunks without a token on some ranks, and on all
     Setting(case="qwen2_moe", wiring="farskip", ep=2, chunks=2),
     Setting(case="llama4_text", ep=2),
