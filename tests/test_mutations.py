@@ -314,6 +314,13 @@ MUTATIONS = [
         Catch(EXECUTOR, "test_every_placement_gives_the_bits_of_serial_with_kernels", (FARSKIP_WIRING, ())),
     ),
     Mutation(
+        "routed outputs have landed before attention, not before its norm in front of a gather",
+        _CORE + "fusion:landed_layers",
+        "position.get(Key(key.layer, NORM[ATTENTION]), number)",
+        "number",
+        Catch("farskip/test_fusion.py", "test_under_sequence_parallelism_the_norm_of_attention_is_what_reads"),
+    ),
+    Mutation(
         "n is formed with y, and a norm that reads y waits for the shared expert",
         _FUSIONS,
         'base == "y+s" and not y_is_read',

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from farskip.fusion import FusionPlan, landed_layers, plan_fusions
+from farskip.instruction import Do, Instruction
 from farskip.residual import GATE, MLP_NORM, ROWS, Residual, stream_uses
 from farskip.schedule import build_schedule
 from farskip.stage import Norm
-from farskip.stage_graph import build_stage_graph
+from farskip.stage_graph import Key, build_stage_graph
 from farskip.wiring import (
     ATTENTION,
     DENSE,
@@ -174,3 +175,14 @@ def test_routed_outputs_have_landed_where_the_schedule_waits_first(expert_parall
     graph = build_stage_graph(inputs, expert_parallel=expert_parallel)
     found = {mode: landed_layers(build_schedule(graph, mode).forward) for mode in ("serial", "overlapped")}
     assert found == {"serial": {1}, "overlapped": set() if expert_parallel else {1}}
+
+
+def test_under_sequence_parallelism_the_norm_of_attention_is_what_reads() -> None:
+    """It stands before a gather, and merge may run while that is under way."""
+
+    def runs(*names: str) -> list[Instruction]:
+        return [Instruction(Do.RUN, Key(int(each[-1]), each[:-2])) for each in names]
+
+    after, before = ("attention_norm.1", "merge.0", "attention_in.1"), ("merge.0", "attention_norm.1", "attention_in.1")
+    assert landed_layers(runs(*after)) == frozenset()
+    assert landed_layers(runs(*before)) == {0}

@@ -50,6 +50,7 @@ class Run:
         times: StageTimes | None = None,
         delay: Delay = at_wait,
         watch: Callable[[Sequence[FakeLink]], Observer] | None = None,
+        kernels: bool = False,
     ) -> None:
         chosen: tuple[LayerBlocks, ...] = MIXES[mix]
         layers = [ToyBlocks(blocks, seed) for seed, blocks in enumerate(chosen)]
@@ -63,6 +64,8 @@ class Run:
             mode=mode,
             times=times,
         )
+        self.kernels = toys.ToyKernels(layers)
+        self.executor.stream_kernels = self.kernels if kernels else None
         self.executor.observers += [self.recorder, *([watch(self.links)] if watch else [])]
         self.schedule = self.executor.schedule(even_segments(4, segment_layers))
         x_BSD = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(9), requires_grad=True)
@@ -110,6 +113,20 @@ def test_serial_overlapped_and_the_plain_executor_agree(
     assert_close(overlapped.tensors, plain.tensors, rel_norm=1e-4)
 
 
+@pytest.mark.parametrize(("mix", "expert_parallel", "chunks"), WAYS)
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_the_stream_may_be_formed_with_its_norms(wiring: str, mix: str, expert_parallel: bool, chunks: int) -> None:
+    """A serial list updates both streams at once where routed outputs land in front of the norm of attention."""
+    settings: dict[str, Any] = {"expert_parallel": expert_parallel, "chunks": chunks, "kernels": True}
+    serial, overlapped = both(wiring, mix, **settings)
+    overlapped.assert_equal_bits(serial)
+    for run in (serial, overlapped):
+        run.recorder.check(run.schedule)
+        assert run.kernels.ops
+    plain = Run(wiring, mix, "overlapped", expert_parallel=expert_parallel, chunks=chunks)
+    assert_close(overlapped.tensors, plain.tensors, rel_norm=1e-4)  # fp32, sums of another order inside the ops
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("length", [1, 2])
 @pytest.mark.parametrize("wiring", ["farskip", "ladder", "hybrid"])
@@ -127,14 +144,16 @@ def random_times(seed: int) -> StageTimes:
     return StageTimes(forward={stage: draw.uniform(0.0, 3.0) for stage in StageTimes().forward})
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
 @pytest.mark.parametrize("wiring", ["farskip", "ladder", "shared_reads_all"])
-def test_no_list_and_no_delay_changes_a_bit(wiring: str) -> None:
+def test_no_list_and_no_delay_changes_a_bit(wiring: str, kernels: bool) -> None:
     """Lists for stages and links of any speed, over links that are early, late or in between."""
-    expected, lists = Run(wiring, "mixed", "serial", expert_parallel=True), set()
+    expected, lists = Run(wiring, "mixed", "serial", expert_parallel=True, kernels=kernels), set()
     delays = itertools.cycle([lambda: 0, random_delay(0), at_wait, random_delay(1)])
     for seed, delay in zip(range(8), delays, strict=False):
         times = random_times(seed)
-        run = Run(wiring, "mixed", "overlapped", expert_parallel=True, times=times, delay=delay)
+        settings: dict[str, Any] = {"times": times, "delay": delay, "kernels": kernels}
+        run = Run(wiring, "mixed", "overlapped", expert_parallel=True, **settings)
         run.assert_equal_bits(expected)
         run.recorder.check(run.schedule)
         lists.add(run.schedule.forward)
