@@ -25,10 +25,12 @@ class DenseSleepTimes:
     Attributes:
         attention: projections, core and output projection together.
         mlp: the MLP.
+        tokens: of a whole batch; an MLP that is given a part of them sleeps that part of its time. 0: all it is given.
     """
 
     attention: float
     mlp: float
+    tokens: int = 0
 
 
 class SleepingDenseBlocks(nn.Module):
@@ -70,7 +72,8 @@ class SleepingDenseBlocks(nn.Module):
 
     def mlp(self, normed_BSD: torch.Tensor) -> torch.Tensor:
         """See `SubBlocks.mlp`."""
-        return slept(normed_BSD * (self.mlp_D * self.mine_D), self._times.mlp)
+        tokens = normed_BSD.shape[:-1].numel()
+        return slept(normed_BSD * (self.mlp_D * self.mine_D), self._times.mlp * tokens / (self._times.tokens or tokens))
 
     def shared(self, normed_BSD: torch.Tensor) -> torch.Tensor:
         """There is no expert."""

@@ -1,15 +1,18 @@
 """The variants of `farskip bench overlap parallel=tensor`: a dense model whose sub-blocks are cut over the hosts.
 
-    tp_ordinary_blocking     ordinary wiring, every all-reduce waited for at once; what the others are compared with
-    tp_parallel              attention and MLP share one all-reduce, which nothing hides
-    tp_ladder_serial         ladder, every all-reduce waited for at once
-    tp_ladder_overlapped     the same, each all-reduce under the next sub-block
-    tp_no_communication      tp_ordinary_blocking without its all-reduces
+    tp_ordinary_blocking               ordinary wiring, every all-reduce waited for at once; the others' measure
+    tp_parallel                        attention and MLP share one all-reduce, which nothing hides
+    tp_ladder_serial                   ladder, every all-reduce waited for at once
+    tp_ladder_overlapped               the same, each all-reduce under the next sub-block
+    tp_sequence_parallel_serial        ladder, the stream in shares of tokens, the MLP in two chunks; waiting at once
+    tp_sequence_parallel_overlapped    the same, gathers and scatters under other sub-blocks
+    tp_no_communication                tp_ordinary_blocking without its all-reduces
 
 All hosts see the same tokens. Besides the passes of every benchmark there is `decode` with real compute: one more token
 for each sequence, with the keys and values of the others in a cache.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,11 +35,16 @@ from farskip.wiring import Wiring
 
 def tensor_kinds() -> list[Kind]:
     """The variants in the order of the table, without tp_no_communication."""
+    shares = Kind(
+        name="tp_sequence_parallel_serial", wiring="ladder", schedule="serial", chunks=2, sequence_parallel=True
+    )
     return [
         Kind(name="tp_ordinary_blocking", wiring="ordinary", schedule="serial"),
         Kind(name="tp_parallel", wiring="parallel", schedule="overlapped"),
         Kind(name="tp_ladder_serial", wiring="ladder", schedule="serial"),
         Kind(name="tp_ladder_overlapped", wiring="ladder", schedule="overlapped", reference="tp_ladder_serial"),
+        shares,
+        replace(shares, name="tp_sequence_parallel_overlapped", schedule="overlapped", reference=shares.name),
     ]
 
 
@@ -57,7 +65,8 @@ class RealTensorModels:
     def build(self, kind: Kind, link: ProcessGroupLink) -> Variant:
         """One variant. A collective."""
         model = self._model(kind.wiring)
-        parallelize(model, self._mesh, kind.schedule, tensor_link=link)
+        shares: dict[str, Any] = {"sequence_parallel": kind.sequence_parallel, "chunks": kind.chunks}
+        parallelize(model, self._mesh, kind.schedule, tensor_link=link, **shares)
         return self._variant(kind, model)
 
     def whole(self, wiring: str) -> torch.Tensor:
@@ -115,13 +124,15 @@ class TimedTensorModels:
     def __init__(self, config: BenchOverlapConfig) -> None:
         size = config.size
         self._config = config
-        self._times = DenseSleepTimes(attention=config.timed.attention_ms, mlp=config.timed.mlp_ms)
+        tokens = size.batch * size.sequence
+        self._times = DenseSleepTimes(attention=config.timed.attention_ms, mlp=config.timed.mlp_ms, tokens=tokens)
         generator = torch.Generator().manual_seed(0)
         self._x_BSD = torch.randn(size.batch, size.sequence, size.hidden, generator=generator)
 
     def build(self, kind: Kind, link: ProcessGroupLink) -> Variant:
         """One variant."""
-        return self._variant(kind, self._blocks(link.rank, link.size), TensorParallelRanks(link))
+        ranks = TensorParallelRanks(link, sequence_parallel=kind.sequence_parallel, chunks=kind.chunks)
+        return self._variant(kind, self._blocks(link.rank, link.size), ranks)
 
     def whole(self, wiring: str) -> torch.Tensor:
         """Output on one rank."""

@@ -93,7 +93,13 @@ class Kind:
     wiring: str
     schedule: str
     chunks: int = 1
+    sequence_parallel: bool = False
     reference: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes its reference in the same chunks, and so in the same bits."""
+        return self.chunks == 1 or self.sequence_parallel
 
 
 def kinds(config: BenchOverlapConfig) -> list[Kind]:
@@ -183,7 +189,7 @@ class RealModels:
             parameters=dict(backbone.named_parameters()),
             executor=attachment.executor,
             reference=kind.reference,
-            exact=kind.chunks == 1,
+            exact=kind.exact,
             wiring=kind.wiring,
         )
 
@@ -202,7 +208,12 @@ def stage_variant(kind: Kind, executor: Executor, blocks: nn.ModuleList, x_BSD: 
 
     def forward() -> torch.Tensor:
         entering_BSD = x_BSD.detach().requires_grad_(torch.is_grad_enabled())
-        return executor.run_segment(executor.schedule(), segment, entering_BSD, entering_BSD, arguments)[0]
+        shards = executor.shard_tokens(entering_BSD.shape)
+        if shards is not None:
+            entering_BSD = shards.enter(entering_BSD)
+        schedule = executor.schedule()
+        left_BSD = executor.run_segment(schedule, segment, entering_BSD, entering_BSD, arguments, shards=shards)[0]
+        return left_BSD if shards is None else shards.leave(left_BSD)
 
     return Variant(
         name=kind.name,
@@ -210,7 +221,7 @@ def stage_variant(kind: Kind, executor: Executor, blocks: nn.ModuleList, x_BSD: 
         parameters=dict(blocks.named_parameters()),
         executor=executor,
         reference=kind.reference,
-        exact=kind.chunks == 1,
+        exact=kind.exact,
         wiring=kind.wiring,
     )
 

@@ -49,6 +49,13 @@ def test_sleeps_take_their_time_in_both_directions() -> None:
     assert forward - after_attention >= 0.010 and backward - forward >= 0.060
 
 
+def test_a_part_of_the_tokens_takes_that_part_of_the_time() -> None:
+    blocks = SleepingDenseBlocks(4, DenseSleepTimes(attention=0.0, mlp=200.0, tokens=8), rank=0, size=1, seed=0)
+    start = time.perf_counter()
+    blocks.mlp(torch.ones(1, 2, 4))
+    assert 0.050 <= time.perf_counter() - start < 0.200
+
+
 def test_there_are_no_experts() -> None:
     blocks, x = SleepingDenseBlocks(4, NO_SLEEP, rank=0, size=1, seed=0), torch.ones(1, 1, 4)
     routing = Routing(logits_TE=x[0], weights_TK=x[0], experts_TK=torch.zeros(1, 1, dtype=torch.int64))

@@ -173,6 +173,8 @@ TENSOR_VARIANTS = [
     "tp_parallel",
     "tp_ladder_serial",
     "tp_ladder_overlapped",
+    "tp_sequence_parallel_serial",
+    "tp_sequence_parallel_overlapped",
     "tp_no_communication",
 ]
 
@@ -198,10 +200,11 @@ def test_a_whole_run_of_tensor_parallelism(
     for name, figures in document["passes"].items():
         assert list(figures) == TENSOR_VARIANTS
         assert figures["tp_ordinary_blocking"]["speedup"] == 1.0
-        assert (figures["tp_ladder_overlapped"]["window_share"] is None) == (name == "decode")
+        for overlapped in ("tp_ladder_overlapped", "tp_sequence_parallel_overlapped"):
+            assert (figures[overlapped]["window_share"] is None) == (name == "decode")
     printed = capsys.readouterr().out
     assert "2 hosts, emulated link of 0.5 Gbit/s (loopback, held back)" in printed and "tensor parallel" in printed
-    assert "reduce_attention.1" in printed
+    assert "reduce_attention.1" in printed and "gather_attention.1" in printed
 
 
 def test_a_tensor_variant_that_forgets_a_sum_is_not_reported(
