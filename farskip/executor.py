@@ -198,11 +198,18 @@ class Executor:
         with set_checkpoint_early_stop(False):
             return checkpoint(run, x_BSD, n_BSD, use_reentrant=False)
 
+    def kernels_for(self, stream_BSD: torch.Tensor) -> StreamKernels | None:
+        """The ops that form sums of a stream like this one. All-reduces of tensor parallelism end in plain adds."""
+        kernels = self.stream_kernels
+        return kernels if kernels is not None and self.graph.chain is None and kernels.run_on(stream_BSD) else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def _fusion_plan(self, schedule: Schedule, segment: Segment, x_BSD: torch.Tensor) -> FusionPlan:
         """Which sums a segment forms together with their norms. The last plan is kept: generation asks every token."""
-        if self.stream_kernels is None or self.graph.chain is not None:
+        kernels = self.kernels_for(x_BSD)
+        if kernels is None:
             return FusionPlan(self.uses, {})
-        fusible = self.stream_kernels.fusible(segment.start, segment.stop, x_BSD)
+        fusible = kernels.fusible(segment.start, segment.stop, x_BSD)
         known = self._fusion_plans.get(segment)
         if known is not None and known[0] is schedule and known[1] == fusible:
             return known[2]
@@ -242,7 +249,7 @@ class _SegmentRun:
                 *stream,
                 fixed_order=executor.graph.has_collectives,
                 fusions=plan.fusions,
-                kernels=executor.stream_kernels,
+                kernels=executor.kernels_for(x_BSD),
             )
         else:
             assert executor.tensor_parallel is not None

@@ -147,6 +147,7 @@ class Residual:
         self._fixed_order = fixed_order
         self._fusions = fusions
         self._kernels = kernels
+        self._dtype = x_BSD.dtype
         self._aliases: dict[Value, dict[str, torch.Tensor]] = {}
         self._offer(Value(start, Source.FULL), x_BSD)
         if inputs[start].left_out:
@@ -168,8 +169,9 @@ class Residual:
         return mark(self._take(value, use))[0]
 
     def put(self, layer: int, block: str, output_BSD: torch.Tensor) -> None:
-        """Hand over the output of a sub-block."""
-        self._offer(Value(layer, block), output_BSD)
+        """Hand over the output of a sub-block. Where there are ops it takes the stream's dtype here, once, before its
+        uses part: under autocast it has another one, and which op or plain add reads it must not change a bit."""
+        self._offer(Value(layer, block), output_BSD if self._kernels is None else output_BSD.to(self._dtype))
 
     def form_normed(self, layer: int, which: str, mark: Mark) -> bool:
         """Form a normed value together with its sum, if there is an op for that.

@@ -298,7 +298,8 @@ def _overlapped(stages: Sequence[Stage], placement: Placement, reduced: bool = F
                 wait()
         else:
             run(ready[0])
-    assert not any(unmet.values()), f"stages {[str(key) for key in unmet if unmet[key]]} wait for each other"
+    stuck = [key for key in unmet if unmet[key]] + [stages[number].key for number in launchable]
+    assert not stuck, f"stages {[str(key) for key in stuck]} wait for each other"
     return steps
 
 

@@ -66,8 +66,12 @@ class StreamKernels(Protocol):
     streams of the next layer.
     """
 
+    def run_on(self, stream_BSD: torch.Tensor) -> bool:
+        """Whether the ops run on a stream of this dtype and device. Then every output joins it in its dtype."""
+        ...
+
     def fusible(self, start: int, stop: int, stream_BSD: torch.Tensor) -> frozenset[Norm]:
-        """The norms of layers start..stop-1 that the ops compute, for a stream of this dtype and device."""
+        """The norms of layers start..stop-1 that the ops compute, for a stream that they run on."""
         ...
 
     def add_norm(

@@ -168,7 +168,7 @@ def build_link(config: LinkConfig, mesh: DeviceMesh, axis: str) -> ProcessGroupL
     group = axis_group(mesh, axis)
     if config.kind is LinkKind.emulated:
         return EmulatedLink(group, bandwidth_gbit_s=config.bandwidth_gbit_s, latency_us=config.latency_us)
-    return real_link(group)
+    return real_link(group) if axis == EP_AXIS else ProcessGroupLink(group)
 
 
 def parse_layers(layers: str) -> str | Sequence[int]:

@@ -42,9 +42,9 @@ class ForwardGuards:
                 f"{wrapper} around a parallel model takes the slices of ranks for copies of one tensor; load the model "
                 "afresh and sum gradients with farskip.parallel.data_parallel.DataParallel (docs/tensor_parallel.md)"
             )
-        group, self._tensor_group = self._tensor_group, None
-        if group is not None:
-            refuse_other_tokens((*args, *kwargs.values()), group)
+        if self._tensor_group is not None:
+            refuse_other_tokens((*args, *kwargs.values()), self._tensor_group)
+            self._tensor_group = None
 
     def _wrapper(self, backbone: nn.Module) -> str | None:
         ddp = nn.parallel.DistributedDataParallel._active_ddp_module

@@ -26,6 +26,7 @@ METHOD = "fp8"
 SUFFIX = "_scale_inv"
 _MATRIX = "F8_E4M3"
 _SCALE = ("F32", "BF16", "F16")
+_PLAIN = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +51,7 @@ class Fp8:
             dtype: of the plain matrices; None for what the config says of the model.
 
         Raises:
-            ValueError: fp8 in another form than blocks with a scale each.
+            ValueError: fp8 in another form than blocks with a scale each, or no plain dtype.
         """
         quantization = config.get("quantization_config")
         if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
@@ -61,8 +62,10 @@ class Fp8:
                 f"load {folder}: the checkpoint is in fp8 with weight_block_size {block!r}, and only blocks of [rows, "
                 "columns] with a scale each are undone; give a checkpoint in bf16"
             )
-        said = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-        return cls(block=(block[0], block[1]), dtype=dtype or getattr(torch, said))
+        said = str(dtype or config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        if said not in _PLAIN:
+            raise ValueError(f"load {folder}: an fp8 checkpoint becomes one of {', '.join(_PLAIN)}, not {said!r}")
+        return cls(block=(block[0], block[1]), dtype=getattr(torch, said))
 
     def tensors(self, stored: StoredCheckpoint) -> StoredTensors:
         """The tensors of a checkpoint without their scales, which go with their matrices.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.modules import module
 
 _LLAMA = (
     "DeepseekV2RMSNorm",
@@ -57,6 +58,8 @@ def why_called(norm: Any) -> str | None:
         return f"{type(norm).__name__} is not known"
     if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
         return "it has hooks"
+    if module._has_any_global_hook():
+        return "all modules have hooks"
     return "its forward was replaced" if "forward" in norm.__dict__ else None
 
 

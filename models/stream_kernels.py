@@ -5,8 +5,8 @@ return the same bits, fused or separate. Decided per norm and forward pass, from
 `farskip.models.norm_rule` does not know, or that has a hook, is called, as it would be without kernels, and so is one
 whose weight has another dtype than the stream.
 
-Under autocast the stream is fp32 and outputs of sub-blocks are bf16: they are widened before they are added, as torch
-does it; then r + s is not rounded to bf16 in between, as it is without kernels.
+Under autocast the stream is fp32 and outputs of sub-blocks are bf16: they are widened where they join the stream, in
+front of any sum (`farskip.residual`); then r + s is not rounded to bf16 in between, as it is without kernels.
 
 Legend: B batch, S sequence, D hidden.
 """
@@ -55,10 +55,12 @@ class HFStreamKernels:
         self._sub_blocks = tuple(sub_blocks)
         self._setting = setting
 
+    def run_on(self, stream_BSD: torch.Tensor) -> bool:
+        """See `StreamKernels.run_on`."""
+        return stream_backend(self._setting, stream_BSD) is not None
+
     def fusible(self, start: int, stop: int, stream_BSD: torch.Tensor) -> frozenset[Norm]:
         """See `StreamKernels.fusible`."""
-        if stream_backend(self._setting, stream_BSD) is None:
-            return frozenset()
         return frozenset(
             Norm(layer, name)
             for layer in range(start, stop)
@@ -71,23 +73,21 @@ class HFStreamKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `StreamKernels.add_norm`."""
         (rule,) = self._rules(norms)
-        return add_rms_norm(x_BSD, a_BSD.to(x_BSD.dtype), rule.weight, rule.eps, **self._how(rule, x_BSD))
+        return add_rms_norm(x_BSD, a_BSD, rule.weight, rule.eps, **self._how(rule, x_BSD))
 
     def release_attention(
         self, norms: tuple[Norm], x_BSD: torch.Tensor, a_BSD: torch.Tensor, s_BSD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `StreamKernels.release_attention`."""
-        (rule,), dtype = self._rules(norms), x_BSD.dtype
-        terms = (x_BSD, a_BSD.to(dtype), s_BSD.to(dtype))
-        return release_attention(*terms, rule.weight, rule.eps, **self._how(rule, x_BSD))
+        (rule,) = self._rules(norms)
+        return release_attention(x_BSD, a_BSD, s_BSD, rule.weight, rule.eps, **self._how(rule, x_BSD))
 
     def release_router(
         self, norms: tuple[Norm], y_BSD: torch.Tensor, r_BSD: torch.Tensor, s_BSD: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `StreamKernels.release_router`."""
-        (rule,), dtype = self._rules(norms), y_BSD.dtype
-        s_BSD = None if s_BSD is None else s_BSD.to(dtype)
-        return release_router(y_BSD, s_BSD, r_BSD.to(dtype), rule.weight, rule.eps, **self._how(rule, y_BSD))
+        (rule,) = self._rules(norms)
+        return release_router(y_BSD, s_BSD, r_BSD, rule.weight, rule.eps, **self._how(rule, y_BSD))
 
     def release_both(
         self,
@@ -98,13 +98,12 @@ class HFStreamKernels:
         s_BSD: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `StreamKernels.release_both`. The op takes one eps: where there are two, the two updates run instead."""
-        (of_n, of_x), dtype = self._rules(norms), x_BSD.dtype
+        of_n, of_x = self._rules(norms)
         if (of_n.eps, of_n.unit_offset) != (of_x.eps, of_x.unit_offset):
             y_BSD, normed_n_BSD = self.release_attention(norms[:1], x_BSD, a_BSD, s_BSD)
             x_BSD, normed_x_BSD = self.release_router(norms[1:], y_BSD, r_BSD, s_BSD)
             return x_BSD, normed_n_BSD, normed_x_BSD
-        terms = (x_BSD, a_BSD.to(dtype), s_BSD.to(dtype), r_BSD.to(dtype))
-        return release_both(*terms, of_n.weight, of_x.weight, of_n.eps, **self._how(of_n, x_BSD))
+        return release_both(x_BSD, a_BSD, s_BSD, r_BSD, of_n.weight, of_x.weight, of_n.eps, **self._how(of_n, x_BSD))
 
     def _rules(self, norms: Sequence[Norm]) -> list[NormRule]:
         return [norm_rule(self._sub_blocks[norm.layer].norms[norm.name]) for norm in norms]

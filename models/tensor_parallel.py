@@ -37,7 +37,7 @@ class _FirstRankAddsBias(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Times zero, not left out: what needs a gradient has to be the same on all ranks, or their all-reduces differ.
-        return nn.functional.linear(input, self.weight) + 0.0 * self.bias
+        return nn.functional.linear(input, self.weight, 0.0 * self.bias)
 
 
 def check_tensor_parallel(model: Any, family: Family, blocks: list[HFSubBlocks], size: int) -> None:

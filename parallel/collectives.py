@@ -91,13 +91,13 @@ class ProcessGroupLink:
         """See `Link.all_reduce`."""
         return dist.all_reduce(tensor, group=self._group, async_op=True)
 
-    def over(self, group: dist.ProcessGroup) -> Self:
+    def over(self, group: dist.ProcessGroup) -> "ProcessGroupLink":
         """A link of this kind over another group; one meter counts the waits for both."""
         other = self._same_kind(group)
         other.meter = self.meter
         return other
 
-    def _same_kind(self, group: dist.ProcessGroup) -> Self:
+    def _same_kind(self, group: dist.ProcessGroup) -> "ProcessGroupLink":
         return type(self)(group)
 
     def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:

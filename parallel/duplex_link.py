@@ -37,6 +37,10 @@ class DuplexGlooLink(ProcessGroupLink):
             dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True) for _ in range(2)
         )
 
+    def _same_kind(self, group: dist.ProcessGroup) -> ProcessGroupLink:
+        """A plain one: groups beside the first carry no all-to-all."""
+        return ProcessGroupLink(group)
+
     def all_to_all(
         self,
         output: torch.Tensor,

@@ -38,6 +38,7 @@ class EmulatedLink(ProcessGroupLink):
         super().__init__(group)
         self._bytes_per_s = bandwidth_gbit_s * 1e9 / 8
         self._latency_s = latency_us * 1e-6
+        self._beside: list[Self] = []
         self._jobs: queue.SimpleQueue[tuple[_Paced, str, float] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._pace, name="farskip-emulated-link", daemon=True)
         self._thread.start()
@@ -68,8 +69,10 @@ class EmulatedLink(ProcessGroupLink):
         return paced
 
     def _same_kind(self, group: dist.ProcessGroup) -> Self:
-        """A wire of its own, as fast as this one."""
-        return type(self)(group, bandwidth_gbit_s=self._bytes_per_s * 8e-9, latency_us=self._latency_s * 1e6)
+        """A wire of its own, as fast as this one, that ends with it."""
+        other = type(self)(group, bandwidth_gbit_s=self._bytes_per_s * 8e-9, latency_us=self._latency_s * 1e6)
+        self._beside.append(other)
+        return other
 
     def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
         """See `Link.all_gather`; takes as long as a ring, which sends (W - 1) / W of the result from every rank."""
@@ -88,7 +91,9 @@ class EmulatedLink(ProcessGroupLink):
         return paced
 
     def close(self) -> None:
-        """End the helper thread."""
+        """End the helper thread, and those of links made by `over`."""
+        for other in self._beside:
+            other.close()
         self._jobs.put(None)
         self._thread.join()
 

@@ -12,7 +12,6 @@ so ``ep`` is the two last axes together, and ``data``, the ranks with other toke
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -56,9 +55,10 @@ def build_mesh(ep: int, device_type: str = "cpu", *, tp: int = 1) -> DeviceMesh:
         )
         for name, axes in _TOGETHER.items():
             mesh[axes]._flatten(name)
-    timeout = timeout_of(None, device_type)
-    for axis in {*(mesh.mesh_dim_names or ()), *(_TOGETHER if ep > 1 and tp > 1 else ())}:
-        _set_pg_timeout(timeout, mesh.get_group(axis))
+    timeout = timeout_of(None)
+    if timeout is not None:
+        for axis in {*(mesh.mesh_dim_names or ()), *(_TOGETHER if ep > 1 and tp > 1 else ())}:
+            _set_pg_timeout(timeout, mesh.get_group(axis))
     return mesh
 
 
@@ -92,20 +92,19 @@ def another_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
     """A new process group of the ranks along an axis of the mesh. Its collectives wait for none of the axis's own, and
     as long as those for a rank that does not answer.
 
-    A collective over all ranks, which have to be those of the mesh.
+    A collective over the ranks along the axis.
     """
-    place = (mesh.mesh_dim_names or ()).index(axis)
-    groups = mesh.mesh.movedim(place, -1).reshape(-1, mesh.size(place)).tolist()
-    timeout = timeout_of(mesh.get_group(axis), mesh.device_type)
-    mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout)
-    return mine
+    group = mesh.get_group(axis)
+    ranks, timeout = dist.get_process_group_ranks(group), timeout_of(group)
+    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
 
 
-def timeout_of(group: dist.ProcessGroup | None, device_type: str = "cpu") -> timedelta:
-    """How long collectives of a group, of the default group if None, wait for a rank that does not answer."""
+def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
+    """How long collectives of a group, of the default group if None, wait for a rank that does not answer; None where
+    the backend does not say."""
     whole: Any = group or dist.group.WORLD
-    timeout: timedelta = whole._get_backend(torch.device(device_type)).options._timeout
-    return timeout
+    options: list[Any] = [getattr(whole._get_backend(device), "options", None) for device in whole._device_types]
+    return next((each._timeout for each in options if hasattr(each, "_timeout")), None)
 
 
 def check_mesh(mesh: DeviceMesh) -> None:

@@ -93,6 +93,9 @@ class ToyKernels:
     def __init__(self, layers: Sequence[ToyBlocks], called: Collection[Norm] = ()) -> None:
         self.layers, self.called, self.ops = layers, called, Counter[str]()
 
+    def run_on(self, stream_BSD: torch.Tensor) -> bool:
+        return True
+
     def fusible(self, start: int, stop: int, stream_BSD: torch.Tensor) -> frozenset[Norm]:
         norms = {Norm(layer, name) for layer in range(start, stop) for name in (ATTENTION, MLP_NORM)}
         return frozenset(norms.difference(self.called))

@@ -51,6 +51,9 @@ mixes = pytest.mark.parametrize("mix", MIXES, ids=["dense", "moe", "shared", "mi
 class Numbers:
     """Ops over a norm that multiplies by a number of its own."""
 
+    def run_on(self, stream_BSD: torch.Tensor) -> bool:
+        return True
+
     def fusible(self, start: int, stop: int, stream_BSD: torch.Tensor) -> frozenset[Norm]:
         raise AssertionError("asked by the executor, not here")
 

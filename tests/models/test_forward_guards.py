@@ -35,6 +35,7 @@ def tokens_of_a_loader(divisor: int) -> str | None:
     model = parallelize(tiny_model("qwen3_moe"), build_mesh(2, tp=2))
     ids = token_ids(2, 5, seed=dist.get_rank() // divisor)
     said = refused(lambda: model(ids))
+    assert refused(lambda: model(ids)) == said, "who was refused once is refused again"
     if said is None:
         model.generate(ids, max_new_tokens=2, do_sample=False)
     return said

@@ -141,6 +141,14 @@ def test_scales_that_do_not_fit_are_refused(
         farskip.load(tmp_path / "fp8")
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float8_e4m3fn", "half"])
+def test_no_plain_dtype_is_refused(dtype: str, tmp_path: Path) -> None:
+    source(tmp_path / "fp8")
+    edit_config(tmp_path / "fp8", dtype=dtype)
+    with pytest.raises(ValueError, match=f"becomes one of bfloat16, float16, float32, not '{dtype}'"):
+        farskip.load(tmp_path / "fp8")
+
+
 @pytest.mark.parametrize("block", [None, [128], [0, 128], "128"])
 def test_another_form_of_fp8_is_refused(block: Any, tmp_path: Path) -> None:
     source(tmp_path / "fp8")

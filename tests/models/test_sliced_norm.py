@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from farskip.models.attach import attachment_of
 from farskip.models.parallelize import parallelize
@@ -109,8 +110,8 @@ def test_the_norms_do_not_queue_behind_the_schedule(rank_pool: "RankPool") -> No
     rank_pool.run(norms_beside_what_is_in_flight, 2)
 
 
-def groups(ep: int) -> tuple[list[int], bool]:
-    mesh = build_mesh(ep, tp=2)
+def groups(ep: int | None) -> tuple[list[int], bool]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"] if ep is None else build_mesh(ep, tp=2)
     group = another_group(mesh, TP_AXIS)
     tensor = torch.full((1,), 10.0 ** dist.get_rank())
     ProcessGroupLink(group).all_reduce(tensor).wait()
@@ -118,8 +119,8 @@ def groups(ep: int) -> tuple[list[int], bool]:
     return dist.get_process_group_ranks(group), group is axis_group(mesh, TP_AXIS)
 
 
-@pytest.mark.parametrize("ep", [1, 2, 4])
-def test_the_norms_have_a_group_of_their_own(ep: int, rank_pool: "RankPool") -> None:
+@pytest.mark.parametrize("ep", [1, 2, 4, None], ids=["ep=1", "ep=2", "ep=4", "a mesh's part"])
+def test_the_norms_have_a_group_of_their_own(ep: int | None, rank_pool: "RankPool") -> None:
     assert rank_pool.run(groups, 4, ep) == [([0, 1], False)] * 2 + [([2, 3], False)] * 2
 
 

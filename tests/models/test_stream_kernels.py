@@ -198,6 +198,57 @@ def test_under_autocast(ops: Counter[str]) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients(fused).values())
 
 
+@pytest.mark.parametrize("wiring", ["farskip", "ordinary", "attn_only", "ladder", "parallel"])
+def test_under_autocast_neither_schedule_nor_segments_change_a_bit(wiring: str) -> None:
+    """Outputs are bf16 and the stream is fp32: whichever op or plain add reads them, they are widened once."""
+    ids, found = token_ids(2, 6), []
+    for mode, segment in (("serial", 0), ("overlapped", 0), ("serial", 2), ("overlapped", 2)):
+        model = rewire(tiny_model("deepseek_v3", first_k_dense_replace=0, q_lora_rank=None), wiring)
+        blocks = [family_of_model(model).sub_blocks(layer) for layer in layers_of(model)]
+        executor = Executor(blocks, wiring_of(model), dispatcher=AllToAllDispatcher(FakeLink(), 8), mode=mode)
+        attachment = attach(model, executor)
+        if segment:
+            attachment.checkpoint_layers = segment
+            model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=lambda *_: pytest.fail("called"))
+        use_kernels(model.train(), "reference")
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids, use_cache=False).logits
+            next_token_loss(logits.float(), ids).backward()
+        found.append((logits.detach(), gradients(model)))
+    for logits, _ in found[1:]:
+        assert_equal_bits(logits, found[0][0])
+    for serial, overlapped in (found[:2], found[2:]):  # gradients may be bracketed otherwise by other segments
+        assert_equal_bits(overlapped[1], serial[1])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at embeddings
+def test_a_compiled_model_keeps_its_bits() -> None:
+    """What is decided per forward pass stands outside the graphs."""
+    ids, found = token_ids(2, 6), []
+    for compiled in (False, True):
+        model = rewire(tiny_model("deepseek_v3"), "farskip")
+        use_kernels(model, "reference")
+        if compiled:
+            model.compile(backend="eager")
+        found.append(run_backward(model, ids, use_cache=False))
+    assert_equal_bits(found[1][0], found[0][0])
+    assert_equal_bits(found[1][1], found[0][1])
+
+
+def test_a_hook_on_all_modules_is_called() -> None:
+    model = rewire(tiny_model("deepseek_v3"), "farskip")
+    use_kernels(model, "reference")
+    seen: list[str] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda each, *_: seen.append(type(each).__name__))
+    try:
+        model(token_ids(1, 5))
+        line = kernels_line(model, "reference")
+    finally:
+        handle.remove()
+    assert seen.count("DeepseekV3RMSNorm") > 2 * len(layers_of(model))
+    assert "(layer 0: all modules have hooks)" in line
+
+
 def test_a_hook_on_a_norm_is_called() -> None:
     """Whenever it was added; what is normed stays."""
     model = rewire(tiny_model("deepseek_v3"), "farskip")

@@ -392,7 +392,7 @@ def low_precision(kind: str, case: str, ep: int, **more: Any) -> None:
     assert_close(found[0][0].float(), run(base_model(setting))[0].float(), rel_norm=0.05)
 
 
-@pytest.mark.parametrize(("case", "ep"), [("llama", 1), ("qwen3_moe", 2), ("olmoe", 1)])
+@pytest.mark.parametrize(("case", "ep"), [("llama", 1), ("qwen3_moe", 2), ("olmoe", 1), ("gpt_oss", 1)])
 @pytest.mark.parametrize("kind", ["bf16", "autocast"])
 def test_low_precision(kind: str, case: str, ep: int, rank_pool: "RankPool") -> None:
     rank_pool.run(low_precision, 2, kind, case, ep)
