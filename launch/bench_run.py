@@ -52,7 +52,7 @@ class Bench:
                 latency_us=config.emulated.latency_us,
             )
             if config.link == "emulated"
-            else (ProcessGroupLink(group) if self._is_tensor else real_link(group))
+            else real_link(group)
         )
         self._no_link = LocalCopyLink(group)
         self._models = self._build_models()

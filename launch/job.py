@@ -17,7 +17,7 @@ from farskip.checkpoint import CheckpointStore, latest_checkpoint, read_manifest
 from farskip.data import TextData, build_data, build_tokenizer
 from farskip.data_config import DataConfig
 from farskip.evaluation import Evaluation, autocast, evaluate
-from farskip.launch.config import BalanceConfig, LinkConfig, LinkKind, ParallelConfig, Recompute
+from farskip.launch.config import BalanceConfig, LinkKind, ParallelConfig, Recompute
 from farskip.launch.ranks import Ranks
 from farskip.launch.run_folder import write_config, write_text
 from farskip.models.attach import attachment_of, layers_of
@@ -107,7 +107,7 @@ def prepare(
     if attachment_of(model) is None:
         rewire(model, wiring_of(model))
     if mesh is not None:
-        link, tensor_link = (build_link(parallel.link, mesh, axis) for axis in (EP_AXIS, TP_AXIS))
+        link, tensor_link = (build_link(parallel, mesh, axis) for axis in (EP_AXIS, TP_AXIS))
         parallelize(
             model,
             mesh,
@@ -161,14 +161,15 @@ def _checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def build_link(config: LinkConfig, mesh: DeviceMesh, axis: str) -> ProcessGroupLink | None:
+def build_link(parallel: ParallelConfig, mesh: DeviceMesh, axis: str) -> ProcessGroupLink | None:
     """The link over the ranks of an axis; None where there is but one."""
     if axis_size(mesh, axis) == 1:
         return None
-    group = axis_group(mesh, axis)
+    group, config = axis_group(mesh, axis), parallel.link
     if config.kind is LinkKind.emulated:
         return EmulatedLink(group, bandwidth_gbit_s=config.bandwidth_gbit_s, latency_us=config.latency_us)
-    return real_link(group) if axis == EP_AXIS else ProcessGroupLink(group)
+    exchanges_rows = axis == EP_AXIS or parallel.sequence_parallel
+    return real_link(group) if exchanges_rows else ProcessGroupLink(group)
 
 
 def parse_layers(layers: str) -> str | Sequence[int]:
@@ -194,7 +195,6 @@ def run_training(
         How it ended; with `StopReason.shutdown` the caller has to leave at once, the checkpoint is written.
     """
     shutdown = ShutdownRequest()
-    shutdown.install()
     attachment = attachment_of(prepared.model)
     assert attachment is not None
     newest = latest_checkpoint(folder / CHECKPOINTS) if resume else None
@@ -202,6 +202,7 @@ def run_training(
     with StepTracer(
         attachment.executor, folder / "traces", trace_steps, rank=ranks.rank, first_step=first_step
     ) as tracer:
+        shutdown.install()
         try:
             result = train(
                 objective,

@@ -65,6 +65,9 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 class ProcessGroupLink:
     """The link of a torch.distributed process group (gloo or NCCL).
 
+    gloo carries a reduce-scatter as a whole all-reduce, twice the bytes. Under gloo terms are therefore exchanged, and
+    each rank sums its own, in the order of the ranks, when they are waited for.
+
     Args:
         group: the process group; the default group if None.
     """
@@ -74,6 +77,7 @@ class ProcessGroupLink:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.meter = WaitMeter()
+        self._sums_terms = dist.get_backend(group) == "gloo"
 
     def all_to_all(
         self,
@@ -83,6 +87,15 @@ class ProcessGroupLink:
         input_splits: Sequence[int],
     ) -> Work:
         """See `Link.all_to_all`."""
+        return self._carry(output, tensor, output_splits, input_splits)
+
+    def _carry(
+        self,
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+    ) -> Work:
         return dist.all_to_all_single(
             output, tensor, list(output_splits), list(input_splits), group=self._group, async_op=True
         )
@@ -106,13 +119,32 @@ class ProcessGroupLink:
 
     def reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor) -> Work:
         """See `Link.reduce_scatter`."""
-        return _reduce_scatter(output, tensor, group=self._group, async_op=True)
+        if not self._sums_terms:
+            return _reduce_scatter(output, tensor, group=self._group, async_op=True)
+        terms, rows = torch.empty_like(tensor), (output.shape[0],) * self.size
+        return _SumOfTerms(self._carry(terms, tensor, rows, rows), terms.view(self.size, *output.shape), output)
 
     def exchange_counts(self, counts: torch.Tensor) -> Pending:
         """See `Link.exchange_counts`."""
         received, one_row = torch.empty_like(counts), (1,) * self.size
         work = self.all_to_all(received, counts, one_row, one_row)
         return Pending(received, work, keep=(counts,), meter=self.meter)
+
+
+class _SumOfTerms:
+    """Terms on their way, [size, ...]; waiting for them sums them into `output`."""
+
+    def __init__(self, work: Work, terms: torch.Tensor, output: torch.Tensor) -> None:
+        self._work, self._terms, self._output = work, terms, output
+
+    @torch.no_grad()
+    def wait(self) -> object:
+        self._work.wait()
+        first, *others = self._terms
+        self._output.copy_(first)
+        for term in others:
+            self._output += term
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -41,14 +41,13 @@ class DuplexGlooLink(ProcessGroupLink):
         """A plain one: groups beside the first carry no all-to-all."""
         return ProcessGroupLink(group)
 
-    def all_to_all(
+    def _carry(
         self,
         output: torch.Tensor,
         tensor: torch.Tensor,
         output_splits: Sequence[int],
         input_splits: Sequence[int],
     ) -> Work:
-        """See `Link.all_to_all`."""
         here = self.rank
         sent = tensor.split([sum(input_splits[:here]), input_splits[here], sum(input_splits[here + 1 :])])
         received = output.split([sum(output_splits[:here]), output_splits[here], sum(output_splits[here + 1 :])])

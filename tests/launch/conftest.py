@@ -1,7 +1,8 @@
 """Text, settings and finished runs that the tests of the commands share: made once per session, by the commands."""
 
 import random
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,13 @@ def write_text(folder: Path, *, num_documents: int = 40, seed: int = 0) -> Path:
         sentences = [f"the {source.choice(nouns)} {source.choice(verbs)} a {source.choice(nouns)}." for _ in range(40)]
         (folder / f"document{number:02d}.txt").write_text(f"{number}: {' '.join(sentences)}\n")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_is_left() -> Iterator[None]:
+    """A command that fails before it trains leaves SIGTERM as it was."""
+    yield
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from farskip.models.surgery import rewire, wiring_of
 from farskip.models.testing_models import run_backward, tiny_model, token_ids
 from farskip.parallel.collectives import ProcessGroupLink
 from farskip.parallel.data_parallel import DataParallel
+from farskip.parallel.duplex_link import DuplexGlooLink
 from farskip.parallel.mesh import DATA_AXIS, EP_AXIS, REPLICA_AXIS, TP_AXIS, axes_of, axis_group, axis_size, build_mesh
 from farskip.parallel.paced_copy_link import PacedCopyLink
 from farskip.parallel.tensor_parallel import TensorLayout, TensorParallelRanks, gather_slices, slice_of
@@ -96,7 +97,8 @@ def test_all_reduce_sums_in_place(rank_pool: "RankPool") -> None:
 def gathered_and_scattered() -> None:
     """Rank by rank, whatever the dtype, late or not; what is sent stays as it was; each is the other's reverse."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    for link, dtype in ((ProcessGroupLink(), torch.float32), (LateLink(), torch.float64), (LateLink(), torch.bfloat16)):
+    links = (ProcessGroupLink(), DuplexGlooLink(), LateLink(), LateLink())
+    for link, dtype in zip(links, (torch.float32, torch.float32, torch.float64, torch.bfloat16), strict=True):
         gather = TensorParallelRanks(link, sequence_parallel=True).gather
         rows = torch.arange(6, dtype=dtype).view(3, 2) + 10 * rank
         pending = gather.launch(rows)
@@ -109,6 +111,8 @@ def gathered_and_scattered() -> None:
         total = torch.arange(2 * 3 * size, dtype=dtype).view(size, 3, 2)[rank] * (size * (size + 1) // 2)
         assert torch.equal(pending.wait(), total)
         assert gather.reverse().reverse() == gather
+        terms = torch.full((size, 1), (1e8, 1.0, -1e8)[rank])
+        assert gather.reverse().launch(terms).wait().item() == 0.0, "in the order of the ranks, in fp32"
 
 
 def test_rows_of_all_ranks_are_gathered_and_their_sum_is_scattered(rank_pool: "RankPool") -> None:
