@@ -65,7 +65,7 @@ CORNERS = [
     Setting(case="instella_moe", wiring="farskip", ep=2),
     Setting(case="olmoe", ep=2, chunks=2),
     Setting(case="deepseek_v3", wiring="farskip", ep=2, chunks=2, kernels="reference"),
-    Setting(case="llama", wiring="ladder", chunks=2, length=3, kernels="reference", **FOUR),  # a rank has no token
+    Setting(case="qwen3_moe", wiring="ladder", ep=4, chunks=2, length=3, kernels="reference", **FOUR),
 ]
 GRID = [*pairwise_settings(), *(replace(corner, sequence_parallel=True) for corner in CORNERS)]
 
