@@ -155,8 +155,7 @@ def choose_schedule(
     """The schedule whose forward and backward together take the least simulated time.
 
     Of placements that take the same time the earliest of `placements` wins, which starts with that of the FarSkip
-    paper. One placement serves all layers: letting those at the edges of a segment choose their own took less time in 5
-    of 300 eight-layer models with random stage times, by 0.5 % at most.
+    paper. One placement serves all layers.
 
     Args:
         graph: the stages of the model.

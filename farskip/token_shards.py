@@ -19,6 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from farskip.rows import even_sizes, product_dtype
 from farskip.stage import TensorParallel
 
 
@@ -55,10 +56,7 @@ class TokenShards:
     def sent(self, normed_1ND: torch.Tensor, *, chunked: bool) -> list[torch.Tensor]:
         """The `parts` of what is multiplied where it arrives. Under autocast it would be rounded to its dtype there; it
         is before, and travels in half the bytes."""
-        device = normed_1ND.device.type
-        if torch.is_autocast_enabled(device) and normed_1ND.dtype != torch.float64:
-            normed_1ND = normed_1ND.to(torch.get_autocast_dtype(device))
-        return self.parts(normed_1ND, chunked=chunked)
+        return self.parts(normed_1ND.to(product_dtype(normed_1ND)), chunked=chunked)
 
     def parts(self, x_1ND: torch.Tensor, *, chunked: bool) -> list[torch.Tensor]:
         """The rank's rows as its collectives take them: [M, D] for each chunk."""
@@ -99,8 +97,7 @@ class TokenShards:
         return self.whole(self.collective.launch(rows_MD.contiguous()).wait())
 
     def _part_sizes(self, total: int, chunked: bool) -> list[int]:
-        parts = self.chunks if chunked else 1
-        return [total // parts + (part < total % parts) for part in range(parts)]
+        return even_sizes(total, self.chunks if chunked else 1)
 
     def _widths(self, chunked: bool) -> list[int]:
         """M of every chunk: the largest of all ranks, and never nothing, which not every backend carries."""

@@ -29,8 +29,9 @@ from farskip.models.norm_rule import is_known, norm_rule
 from farskip.models.router_rule import RouterRule
 from farskip.models.stream_kernels import HFStreamKernels, stream_backend, why_norm_is_called
 from farskip.parallel.dispatcher import AllToAllDispatcher
+from farskip.rows import product_dtype
 from farskip.triton_kernels.add_rms_norm import rms_norm
-from farskip.triton_kernels.backend import choose_backend, product_dtype
+from farskip.triton_kernels.backend import choose_backend
 from farskip.triton_kernels.dispatch_map import dispatch_map
 from farskip.triton_kernels.down_combine import down_combine
 from farskip.triton_kernels.grouped_mm import choose_grouped_backend, grouped_mm

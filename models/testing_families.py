@@ -110,6 +110,14 @@ _GPT_OSS = {
         "original_max_position_embeddings": 16,
     },
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 16,
+}
 _INSTELLA_MOE = {
     **_DEEPSEEK_V2,
     "q_lora_rank": None,
@@ -120,16 +128,7 @@ _INSTELLA_MOE = {
     "farskip": True,
     "gated_attention": True,
     "max_position_embeddings": 64,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 16,
-    },
+    "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
 }
 _LLAMA4_TEXT = {
     "head_dim": 8,
@@ -161,16 +160,7 @@ CASES: dict[str, Case] = {
             **_DEEPSEEK_V2,
             "tie_word_embeddings": True,
             "max_position_embeddings": 64,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "mscale": 0.707,
-                "mscale_all_dim": 0.707,
-                "original_max_position_embeddings": 16,
-            },
+            "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
         },
     ),
     "deepseek_v3": Case(family="deepseek_v3", config=_DEEPSEEK_V3),

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import torch
 
 from farskip.parallel.collectives import AllToAll, Link
+from farskip.rows import even_sizes, product_dtype
 from farskip.stage import DispatchPlan, Routing, WeightOn
-from farskip.triton_kernels.backend import choose_backend, product_dtype
+from farskip.triton_kernels.backend import choose_backend
 from farskip.triton_kernels.dispatch_map import DispatchMap, dispatch_map
 from farskip.triton_kernels.permute import permute, permute_weights
 from farskip.triton_kernels.unpermute import unpermute
@@ -109,7 +110,7 @@ class AllToAllDispatcher:
         tokens_TD = normed_BSD.reshape(-1, normed_BSD.shape[-1])
         if routing.weight_on is WeightOn.OUTPUT:  # a weight on the input is multiplied with it first
             tokens_TD = tokens_TD.to(product_dtype(tokens_TD))
-        sizes = _even_sizes(tokens_TD.shape[0], self.chunks)
+        sizes = even_sizes(tokens_TD.shape[0], self.chunks)
         num_experts = self.num_local_experts * self.link.size
         maps = [
             dispatch_map(experts_TK, num_experts, capacity=self.capacity, backend=self.backend)
@@ -215,8 +216,3 @@ class AllToAllDispatcher:
             dst=dst_TK,
             src=src_R.to(dispatch.src.dtype),
         )
-
-
-def _even_sizes(total: int, parts: int) -> list[int]:
-    """Sizes of `parts` neighboring stretches that differ by at most one."""
-    return [total // parts + (part < total % parts) for part in range(parts)]

@@ -38,14 +38,6 @@ def choose_backend(backend: str | None, tensor: torch.Tensor) -> str:
     return backend
 
 
-def product_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which torch would multiply a tensor here. Under autocast not its own, and no op of ours is cast."""
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return tensor.dtype
-    return torch.get_autocast_dtype(device)
-
-
 def _check_triton(tensor: torch.Tensor) -> None:
     """Raise unless a Triton kernel can run on this tensor."""
     if tensor.dtype == torch.float64:
