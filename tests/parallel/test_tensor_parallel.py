@@ -111,8 +111,8 @@ def gathered_and_scattered() -> None:
         total = torch.arange(2 * 3 * size, dtype=dtype).view(size, 3, 2)[rank] * (size * (size + 1) // 2)
         assert torch.equal(pending.wait(), total)
         assert gather.reverse().reverse() == gather
-        terms = torch.full((size, 1), (1e8, 1.0, -1e8)[rank])
-        assert gather.reverse().launch(terms).wait().item() == 0.0, "in the order of the ranks, in fp32"
+        terms = torch.full((size, 1), (1e8, -1e8, 1.0)[rank])
+        assert gather.reverse().launch(terms).wait().item() == 1.0, "in the order of the ranks, in fp32"
 
 
 def test_rows_of_all_ranks_are_gathered_and_their_sum_is_scattered(rank_pool: "RankPool") -> None:
