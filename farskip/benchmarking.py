@@ -36,20 +36,24 @@ class Repeat:
         ms: its duration on the slowest rank.
         delay_share: time in the run queue over duration, on the rank where that is largest.
         is_clean: whether it counts: the share is within the limit that the caller has set.
+        exposed_ms: how long compute stood still for communication, on the rank where that is longest; None where
+            nobody could tell.
     """
 
     ms: float
     delay_share: float
     is_clean: bool
+    exposed_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """The clean repeats of one variant."""
+    """The clean repeats of one variant: quartiles of the duration, the median of what was exposed."""
 
     median_ms: float
     p25_ms: float
     p75_ms: float
+    exposed_ms: float | None
     clean_repeats: int
     rejected_repeats: int
 
@@ -57,6 +61,7 @@ class Summary:
 def summarize(repeats: Sequence[Repeat]) -> Summary | None:
     """Median and quartiles of the clean repeats; None if there is no clean one."""
     clean = [repeat.ms for repeat in repeats if repeat.is_clean]
+    exposed = [repeat.exposed_ms for repeat in repeats if repeat.is_clean and repeat.exposed_ms is not None]
     if not clean:
         return None
     p25, median, p75 = statistics.quantiles(clean, n=4, method="inclusive") if len(clean) > 1 else clean * 3
@@ -64,6 +69,7 @@ def summarize(repeats: Sequence[Repeat]) -> Summary | None:
         median_ms=median,
         p25_ms=p25,
         p75_ms=p75,
+        exposed_ms=statistics.median(exposed) if exposed else None,
         clean_repeats=len(clean),
         rejected_repeats=len(repeats) - len(clean),
     )

@@ -14,7 +14,7 @@ from farskip.benchmarking import Gained, Repeat, Summary, gained, summarize
 from farskip.launch.bench_config import BenchOverlapConfig, Parallelism
 from farskip.launch.run_folder import write_text
 
-_COLUMNS = ("variant", "median ms", "p25", "p75", "clean", "rejected", "speedup", "hidden", "of windows")
+_COLUMNS = ("variant", "median ms", "p25", "p75", "clean", "rejected", "speedup", "hidden", "of windows", "exposed ms")
 _BAR, _BLOCKING_LINE, _FREE_LINE = "#4c72b0", "#c44e52", "#55a868"
 
 
@@ -99,6 +99,10 @@ def to_json(
             "not_reported": dict(missing),
             "stage_ms": raw["stage_ms"],
             "share_windows_allow": raw["allowed"],
+            "exposed_ms": {
+                pass_name: {variant: summary.exposed_ms for variant, (summary, _) in of_pass.items()}
+                for pass_name, of_pass in rows.items()
+            },
         },
     }
 
@@ -191,6 +195,7 @@ def _table(of_pass: Mapping[str, tuple[Summary, Gained]]) -> str:
                 f"{gain.speedup:.2f}x" if gain.speedup is not None else "-",
                 _percent(gain.hidden_share),
                 _percent(gain.window_share),
+                f"{summary.exposed_ms:.1f}" if summary.exposed_ms is not None else "-",
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]

@@ -204,7 +204,7 @@ class Bench:
         variant = self.variants[variant_name]
         gradient_BSD = self._gradient_BSD if pass_name == "forward_backward" else None
         dist.barrier()
-        waited, start = self._run_queue.waited_ms(), time.perf_counter()
+        exposed, waited, start = self._link.meter.seconds(), self._run_queue.waited_ms(), time.perf_counter()
         if pass_name == DECODE:
             assert variant.decode is not None
             with torch.no_grad():
@@ -213,11 +213,17 @@ class Bench:
             variant.run(gradient_BSD)
         ms = 1e3 * (time.perf_counter() - start)
         waited = self._run_queue.waited_ms() - waited
+        exposed_ms = 1e3 * (self._link.meter.seconds() - exposed)
         variant.drop_gradients()
-        slowest = torch.tensor([ms, waited / ms])
+        slowest = torch.tensor([ms, waited / ms, exposed_ms])
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        share = float(slowest[1])
-        return Repeat(ms=float(slowest[0]), delay_share=share, is_clean=share <= self._config.delay_limit)
+        ms, share, exposed_ms = slowest.tolist()
+        return Repeat(
+            ms=ms,
+            delay_share=share,
+            is_clean=share <= self._config.delay_limit,
+            exposed_ms=exposed_ms if variant.executor is not None else None,
+        )
 
     def _allowed(self, pass_name: str, times: Mapping[str, StageTimes]) -> dict[str, float]:
         """Per variant: the share of its communication that the windows of its schedule hide, by simulation. Stage times

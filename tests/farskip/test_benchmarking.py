@@ -21,8 +21,8 @@ from farskip.benchmarking import (
 from farskip.stage import Routing
 
 
-def repeat(ms: float, clean: bool = True) -> Repeat:
-    return Repeat(ms=ms, delay_share=0.0 if clean else 1.0, is_clean=clean)
+def repeat(ms: float, clean: bool = True, exposed_ms: float | None = None) -> Repeat:
+    return Repeat(ms=ms, delay_share=0.0 if clean else 1.0, is_clean=clean, exposed_ms=exposed_ms)
 
 
 def test_only_clean_repeats_are_summed_up() -> None:
@@ -36,6 +36,13 @@ def test_one_clean_repeat_is_its_own_spread_and_none_is_no_summary() -> None:
     summary = summarize([repeat(7)])
     assert summary is not None and (summary.p25_ms, summary.median_ms, summary.p75_ms) == (7, 7, 7)
     assert summarize([repeat(7, clean=False)]) is None
+
+
+def test_what_was_exposed_is_a_median_of_clean_repeats_and_nothing_where_nobody_could_tell() -> None:
+    told = summarize([repeat(1, exposed_ms=4), repeat(1, exposed_ms=6), repeat(9, clean=False, exposed_ms=99)])
+    assert told is not None and told.exposed_ms == 5
+    untold = summarize([repeat(1)])
+    assert untold is not None and untold.exposed_ms is None
 
 
 def test_every_round_has_every_variant_once_and_starts_with_another_one() -> None:

@@ -166,6 +166,9 @@ def test_real_compute_over_an_emulated_link_hides_what_sleeps_cannot_fake(rank_p
     raw = rank_pool.run(bench_on_this_rank, 2, config, timeout_s=100)[0]
     assert raw["not_reported"] == {}
     assert set(raw["passes"]["forward"]) == {*(kind.name for kind in kinds(config)), "no_communication"}
+    for repeats in raw["passes"].values():
+        assert repeats["no_communication"][0]["exposed_ms"] == 0.0
+        assert 0.0 < repeats["ordinary_blocking"][0]["exposed_ms"] < repeats["ordinary_blocking"][0]["ms"]
 
 
 TENSOR_VARIANTS = [
@@ -196,6 +199,7 @@ def test_a_whole_run_of_tensor_parallelism(
     assert raw["not_reported"] == {} and report(config, json.loads(json.dumps(raw)))
     passes = [*PASSES, "decode"] if compute is Compute.real else [*PASSES]
     document = json.loads((tmp_path / "result.json").read_text())
+    assert all(document["machine"]["exposed_ms"][name]["tp_ordinary_blocking"] > 0.0 for name in passes)
     assert list(document["passes"]) == passes and document["parallel"] == "tensor"
     for name, figures in document["passes"].items():
         assert list(figures) == TENSOR_VARIANTS
@@ -259,8 +263,8 @@ def test_a_wrong_baseline_ends_the_run(rank_pool: RankPool) -> None:
 
 
 def test_a_variant_without_a_clean_repeat_is_not_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    clean = [{"ms": 2.0, "delay_share": 0.0, "is_clean": True}]
-    busy = [{"ms": 9.0, "delay_share": 0.5, "is_clean": False}]
+    clean = [{"ms": 2.0, "delay_share": 0.0, "is_clean": True, "exposed_ms": 0.5}]
+    busy = [{"ms": 9.0, "delay_share": 0.5, "is_clean": False, "exposed_ms": None}]
     assert set(clean[0]) == set(Repeat.__slots__)
     raw = {
         "passes": {"forward": {"ordinary_blocking": clean, "no_communication": busy}},
