@@ -152,7 +152,6 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
 
     from farskip.launch import job
     from farskip.models.attach import attachment_of
-    from farskip.models.pretrained import load
     from farskip.objectives import PretrainObjective
     from farskip.profiling import TraceSession
 
@@ -174,7 +173,9 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
             schedule=mode,
             link=link,
         )
-        variants[mode.value] = job.prepare(load(model_path), parallel, config.balance, ranks, mesh)
+        variants[mode.value] = job.prepare(
+            job.load_spread(model_path, parallel, ranks, mesh), parallel, config.balance, ranks, mesh
+        )
 
     results: dict[Any, list[torch.Tensor | None]] = {}
 

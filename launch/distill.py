@@ -1,6 +1,7 @@
 """`farskip distill`: rewire a pretrained model, measure the damage, repair it by distillation from its own original."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
 
     from farskip.launch import job
     from farskip.models.language_model import continue_text
-    from farskip.models.pretrained import load
-    from farskip.models.surgery import rewire, wiring_of
+    from farskip.models.surgery import wiring_of
     from farskip.objectives import DistillationObjective
     from farskip.trainer import StopReason
 
@@ -84,13 +84,13 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
     if config.data.tokenizer is None:
         config.data.tokenizer = config.model.path
     dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-    original, student = load(config.model.path, dtype=dtype), load(config.model.path, dtype=dtype)
-    rewire(student, config.wiring.name, job.parse_layers(config.wiring.layers))
+    mesh, wiring = job.build_job_mesh(config.parallel, ranks), config.wiring
+    load = partial(job.load_spread, config.model.path, config.parallel, ranks, mesh, dtype=dtype)
+    original, student = load(), load(wiring=wiring.name, layers=wiring.layers)
     if wiring_of(student) == wiring_of(original):
         raise ValueError(f"wiring: {config.model.path} is wired as {wiring_of(original)} already: nothing to repair")
     tokenizer, data = job.build_text(config.data, config.parallel, ranks)
     _check_vocabulary(tokenizer, student, config.data.tokenizer)
-    mesh = job.build_job_mesh(config.parallel, ranks)
     teacher = job.prepare(original, config.parallel, config.balance, ranks, mesh, frozen=True)
     precision = config.training.precision
     prepared = job.prepare(student, config.parallel, config.balance, ranks, mesh, precision=precision)

@@ -24,8 +24,8 @@ from farskip.models.attach import attachment_of, layers_of
 from farskip.models.balancing import DroppedRows, balance_model
 from farskip.models.kernels import kernels_line, use_kernels
 from farskip.models.language_model import HFLanguageModel
-from farskip.models.parallelize import parallelize, tune_schedule
-from farskip.models.pretrained import save
+from farskip.models.parallelize import Spread, parallelize, tune_schedule
+from farskip.models.pretrained import load, save
 from farskip.models.recompute import recompute_stages
 from farskip.models.surgery import rewire, wiring_of
 from farskip.optimizer import build_optimizer
@@ -90,6 +90,46 @@ def build_job_mesh(parallel: ParallelConfig, ranks: Ranks) -> DeviceMesh | None:
     return build_mesh(parallel.ep or ranks.world_size, ranks.device.partition(":")[0], tp=parallel.tp)
 
 
+def load_spread(
+    path: str | Path,
+    parallel: ParallelConfig,
+    ranks: Ranks,
+    mesh: DeviceMesh | None,
+    *,
+    wiring: str | None = None,
+    layers: str = "all",
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """A checkpoint's model, of which this rank reads and holds its slices only. A collective.
+
+    Args:
+        path: of the checkpoint.
+        parallel: how the model is spread.
+        ranks: this process among the others.
+        mesh: of all ranks; None for a world of one.
+        wiring: how to wire it; None for what the checkpoint says.
+        layers: which layers, for a wiring.
+        dtype: of the parameters; None for that of the checkpoint.
+    """
+    chosen = None if wiring is None else parse_layers(layers)
+    if mesh is None:
+        return load(path, wiring, chosen, dtype, ranks.device)
+    return load(path, wiring, chosen, dtype, ranks.device, mesh, **spread(parallel, mesh))
+
+
+def spread(parallel: ParallelConfig, mesh: DeviceMesh) -> Spread:
+    """The configuration's settings of `parallelize`. Makes links: a collective."""
+    link, tensor_link = (build_link(parallel, mesh, axis) for axis in (EP_AXIS, TP_AXIS))
+    return {
+        "schedule": parallel.schedule.value,
+        "link": link,
+        "tensor_link": tensor_link,
+        "chunks": parallel.chunks,
+        "capacity": parallel.capacity or None,
+        "sequence_parallel": parallel.sequence_parallel,
+    }
+
+
 def prepare(
     model: Any,
     parallel: ParallelConfig,
@@ -100,24 +140,16 @@ def prepare(
     precision: Precision = Precision.fp32,
     frozen: bool = False,
 ) -> Prepared:
-    """Move a rewired model to its device, spread its experts, attach recomputation and balancing. A collective."""
+    """Move a rewired model to its device, spread it unless it is, attach recomputation and balancing. A collective."""
     model.to(ranks.device)
     model.requires_grad_(not frozen)
     model.train(not frozen)
     if attachment_of(model) is None:
         rewire(model, wiring_of(model))
-    if mesh is not None:
-        link, tensor_link = (build_link(parallel, mesh, axis) for axis in (EP_AXIS, TP_AXIS))
-        parallelize(
-            model,
-            mesh,
-            parallel.schedule.value,
-            link=link,
-            tensor_link=tensor_link,
-            chunks=parallel.chunks,
-            capacity=parallel.capacity or None,
-            sequence_parallel=parallel.sequence_parallel,
-        )
+    attachment = attachment_of(model)
+    assert attachment is not None
+    if mesh is not None and attachment.mesh is None:
+        parallelize(model, mesh, **spread(parallel, mesh))
     use_kernels(model, parallel.kernels.value)
     if ranks.rank == 0 and not frozen:
         with autocast(torch.device(ranks.device), precision):
@@ -132,12 +164,13 @@ def prepare(
     communicator: Communicator = SingleProcess(model)
     if mesh is not None:
         dispatcher: Any = attachment.executor.dispatcher
+        tensor_parallel: Any = attachment.executor.tensor_parallel
         communicator = DataParallel(
             mesh,
             dict(model.named_parameters()),
             sharded=attachment.sharded_experts,
             layout=attachment.tensor_layout,
-            links=[each for each in (link, tensor_link) if each is not None],
+            links=[each.link for each in (dispatcher, tensor_parallel) if each is not None],
         )
     balancer: Balancer | None = None
     if not frozen:

@@ -7,7 +7,7 @@ other. Under sequence parallelism such a rank holds the stream of its share only
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,18 @@ from farskip.simulator import StageTimes
 from farskip.stage_timer import StageTimer
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class Spread(TypedDict, total=False):
+    """The settings of `parallelize`, as keyword arguments of whoever passes them on."""
+
+    schedule: str
+    link: ProcessGroupLink | None
+    tensor_link: ProcessGroupLink | None
+    chunks: int
+    capacity: int | None
+    times: StageTimes | None
+    sequence_parallel: bool
 
 
 def parallelize(
@@ -127,7 +139,7 @@ def parallelize(
 def set_sequence_parallel(model: Any, enabled: bool = True, *, chunks: int = 1) -> None:
     """Switch sequence parallelism of a parallel model on or off; its parameters lie alike in both. A collective.
 
-    For a model that `farskip.load` has spread, and for generation, where one all-reduce is quicker than two exchanges.
+    For example for generation, where one all-reduce is quicker than two exchanges.
 
     Args:
         model: cut over the ``tp`` axis of a mesh.

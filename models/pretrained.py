@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from farskip.models.family import Family
 from farskip.models.folder_copy import replaced_when_complete
 from farskip.models.fp8 import METHOD, Fp8
 from farskip.models.mtp_tensors import carried_mtp_tensors, carry_mtp_tensors, everything_reported, is_mtp
-from farskip.models.parallelize import full_state_dict, parallelize
+from farskip.models.parallelize import Spread, full_state_dict, parallelize
 from farskip.models.rank_slices import RankSlices, load_slice, slices_here
 from farskip.models.saving import complete_checkpoint
 from farskip.models.surgery import rewire, wiring_of
@@ -41,6 +41,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     mesh: DeviceMesh | None = None,
+    **spread: Unpack[Spread],
 ) -> Any:
     """Load a checkpoint in transformers' format.
 
@@ -52,19 +53,27 @@ def load(
         device: where the model goes.
         mesh: spread the experts over its ``ep`` axis, and cut the other sub-blocks over its ``tp`` axis (see
             `parallelize`).
+        spread: with a mesh, further settings of `parallelize`: ``schedule``, ``chunks``, ``capacity``,
+            ``sequence_parallel``, ``link``, ``tensor_link``, ``times``.
 
     Returns:
         The transformers model, in evaluation mode.
 
     Raises:
+        TypeError: a setting that `parallelize` does not have.
         ValueError: not a checkpoint, unknown family, missing or extra tensors, a damaged file, a quantization that
-            cannot be undone, or what `parallelize` refuses.
+            cannot be undone, settings of `parallelize` without a mesh, or what it refuses.
         RuntimeError: undoing a quantization needs accelerate, which is not installed.
 
     Note: with a mesh, a rank reads of the experts its own only, and of what tensor parallelism cuts its slices only
     (`farskip.models.rank_slices`). Where it has to read everything although it keeps a part, rank 0 warns.
     """
     folder = Path(path)
+    for name in spread:  # now, not after everything was read
+        if name not in Spread.__annotations__:
+            raise TypeError(f"load() got an unexpected keyword argument {name!r}")
+        if mesh is None:
+            raise ValueError(f"load {folder}: {name}= spreads a model over ranks and needs mesh=")
     config_dict = _read_config(folder)
     family, recorded = read_record(folder, config_dict)
     fp8 = _undo_quantization(folder, config_dict, dtype)
@@ -75,7 +84,7 @@ def load(
         raise ValueError(f"load {folder}: layers={layers!r} needs wiring=, the checkpoint itself is ordinary")
     if chosen is not None:
         rewire(model, chosen, "all" if layers is None else layers)
-    return parallelize(model, mesh, already_cut=here is not None) if mesh is not None else model
+    return parallelize(model, mesh, already_cut=here is not None, **spread) if mesh is not None else model
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> None:

@@ -138,6 +138,36 @@ def test_distillation_with_recompute_and_an_emulated_link(
     assert (tmp_path / "heavy" / "report.md").exists()
 
 
+def experts_loaded_by_a_distillation(words: list[str]) -> list[tuple[int, int, str]]:
+    """Of each model that this rank loads: experts that it held as soon as it was loaded, chunks, schedule."""
+    from farskip.launch import job
+    from farskip.models.attach import attachment_of, layers_of
+
+    seen = []
+    load = job.load
+
+    def noting(*arguments: Any, **settings: Any) -> Any:
+        model = load(*arguments, **settings)
+        attachment = attachment_of(model)
+        assert attachment is not None and attachment.executor.dispatcher is not None
+        experts = layers_of(model)[-1].mlp.experts
+        seen.append((experts.gate_up_proj.shape[0], attachment.executor.dispatcher.chunks, attachment.executor.mode))
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "load", noting)
+        assert on_this_rank("distill_job", words) is None
+    return seen
+
+
+def test_a_rank_of_a_distillation_loads_its_share_of_teacher_and_student(
+    rank_pool: Any, workshop: Any, pretrained: Runs, tmp_path: Path
+) -> None:
+    more = ["parallel.chunks=2", "parallel.schedule=serial", "training.num_steps=2"]
+    words = workshop.distill(tmp_path / "run", pretrained("qwen3_moe") / "model", *more)[1:]
+    assert rank_pool.run(experts_loaded_by_a_distillation, 2, words) == [[(2, 2, "serial")] * 2] * 2
+
+
 BAD = {
     "ep and ranks": (["parallel.ep=3"], "ep=3 does not divide 2 ranks: choose a divisor of 2"),
     "ep and experts": (["model.config.n_routed_experts=3"], "expert parallelism of 2 does not divide 3 experts"),

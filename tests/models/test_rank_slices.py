@@ -16,6 +16,7 @@ import farskip
 from farskip.models import stored_slice
 from farskip.models.attach import attachment_of
 from farskip.models.checkpoint_files import StoredCheckpoint, read_checkpoint
+from farskip.models.parallelize import Spread
 from farskip.models.rank_slices import Share, why_whole
 from farskip.models.stored_slice import ReadWhenUsed, StoredSlice
 from farskip.models.testing_families import CASES, FAMILIES, build, is_dense
@@ -172,6 +173,31 @@ def dtypes_and_wiring(folder: str) -> None:
 
 def test_another_dtype_and_wiring(rank_pool: "RankPool", tmp_path: Path) -> None:
     rank_pool.run(dtypes_and_wiring, 2, str(saved("deepseek_v3", tmp_path / "model")))
+
+
+def settings_of_parallelize(folder: str) -> None:
+    """Given to `load`, they do what they do given to `parallelize`; so under sequence parallelism."""
+    mesh = build_mesh(1, tp=2)
+    spread: Spread = {"schedule": "serial", "sequence_parallel": True, "chunks": 2}
+    whole = farskip.parallelize(farskip.load(folder, "ladder"), mesh, **spread)
+    sliced = farskip.load(folder, "ladder", mesh=mesh, **spread)
+    expected, attachment = attachment_of(whole), attachment_of(sliced)
+    assert attachment is not None and expected is not None
+    assert attachment.executor.graph.is_sequence_parallel
+    assert attachment.executor.schedule() == expected.executor.schedule()
+    for parameter in whole.parameters():
+        parameter.data = parameter.data.clone()
+    ids = token_ids(2, 9, seed=0)
+    assert_equal_bits(sliced(ids).logits, whole(ids).logits)
+    with pytest.raises(TypeError, match="chunk"):
+        farskip.load(folder, mesh=mesh, chunk=2)  # type: ignore[call-arg]
+
+
+def test_settings_of_parallelize(rank_pool: "RankPool", tmp_path: Path) -> None:
+    folder = str(saved("qwen3_moe", tmp_path / "model"))
+    rank_pool.run(settings_of_parallelize, 2, folder)
+    with pytest.raises(ValueError, match="chunks= spreads a model over ranks and needs mesh="):
+        farskip.load(folder, chunks=2)
 
 
 def save_again(folder: str, other: str) -> None:
