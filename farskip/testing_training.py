@@ -165,6 +165,9 @@ class ReplicatedRanks:
         self.rank = self.data_rank = dist.get_rank()
         self.world_size = self.data_size = dist.get_world_size()
 
+    def expect_last_backward(self) -> None:
+        """Nothing is sent early."""
+
     def reduce_gradients(self) -> None:
         """Every gradient summed over ranks."""
         for parameter in self._module.parameters():

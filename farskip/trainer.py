@@ -177,6 +177,8 @@ def train(
                     balancer.set_scale(everywhere / counts.num_input_tokens)
                 with autocast(device, config.precision):
                     loss_sums = objective.loss(batch)
+                if batch is micro_batches[-1]:
+                    communicator.expect_last_backward()
                 (loss_sums.loss / counts.num_loss_tokens).backward()
                 sums.add("loss", loss_sums.loss.detach(), 0)
                 for name, (total, num) in loss_sums.sums.items():

@@ -45,6 +45,10 @@ class Communicator(Protocol):
     data_rank: int
     data_size: int
 
+    def expect_last_backward(self) -> None:
+        """In front of a step's last backward: from here on, gradients that are there may be on their way."""
+        ...
+
     def reduce_gradients(self) -> None:
         """After a step's last backward: replicated gradients summed over all ranks, expert gradients over replicas."""
         ...
@@ -160,6 +164,9 @@ class SingleProcess:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
+
+    def expect_last_backward(self) -> None:
+        """Nobody to send to."""
 
     def reduce_gradients(self) -> None:
         """Nothing to add."""

@@ -96,6 +96,8 @@ class ParallelConfig:
     kernels: Kernels = Kernels.auto
     """Fused kernels for routers, routed experts, norms and the residual stream. auto: on CUDA, experts in bf16 only;
     triton: or an error that says why not; reference: their plain-torch twins, on any device; off: none of them."""
+    overlap_gradients: bool = True
+    """Gradients of replicated parameters are summed over ranks under the last backward of a step; else behind it."""
     link: LinkConfig = field(default_factory=LinkConfig)
 
     def check(self) -> None:

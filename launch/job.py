@@ -170,6 +170,7 @@ def prepare(
             dict(model.named_parameters()),
             sharded=attachment.sharded_experts,
             layout=attachment.tensor_layout,
+            overlap=parallel.overlap_gradients,
             links=[each.link for each in (dispatcher, tensor_parallel) if each is not None],
         )
     balancer: Balancer | None = None

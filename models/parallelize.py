@@ -127,7 +127,7 @@ def parallelize(
         attachment.tensor_layout = layout.without(attachment.sharded_experts)
         norms = head_norms(model, family)
         if norms:
-            spread_norms(norms, TensorParallelRanks(tensor_link.over(another_group(mesh, TP_AXIS))))
+            spread_norms(norms, TensorParallelRanks(tensor_link.over(another_group(axis_group(mesh, TP_AXIS)))))
     attachment.guards = ForwardGuards(
         model,
         [*attachment.sharded_experts, *attachment.tensor_layout.sharded],

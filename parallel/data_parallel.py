@@ -7,10 +7,11 @@ over all ranks. An expert already holds the gradients of all tokens that were di
 Under tensor parallelism the ranks of a ``tp`` group share their tokens: only ranks with other tokens are summed, but
 for gradients that are terms of a sum over ``tp`` (`farskip.parallel.tensor_parallel.TensorLayout.partial`), which are
 summed over all ranks.
+
+Sums are launched while the last backward of a step still runs (`farskip.parallel.gradient_sums`).
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from farskip.parallel.collectives import ProcessGroupLink
+from farskip.parallel.gradient_sums import GradientSums
 from farskip.parallel.mesh import DATA_AXIS, EP_AXIS, REPLICA_AXIS, TP_AXIS, axes_of, axis_group, axis_size
 from farskip.parallel.tensor_parallel import TensorLayout
 from farskip.wait_meter import WaitMeter
-
-_BUCKET_BYTES = 32 << 20
 
 
 class DataParallel:
@@ -34,6 +34,7 @@ class DataParallel:
         sharded: names of the expert parameters that lie in slices on the ``ep`` axis.
         layout: how the other parameters lie on the ``tp`` axis.
         links: links whose waiting time counts as exposed communication.
+        overlap: sum gradients under the last backward of a step; else behind it. The same bits.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class DataParallel:
         sharded: Collection[str] = (),
         layout: TensorLayout | None = None,
         links: Iterable[ProcessGroupLink] = (),
+        overlap: bool = True,
     ) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
@@ -63,15 +65,27 @@ class DataParallel:
         self._links = tuple(links)
         self._meter = WaitMeter()
         self._reported_s = 0.0
+        # over the ranks whose tokens they do not know yet
+        summed: list[tuple[list[torch.nn.Parameter], dist.ProcessGroup | None]] = [
+            ([*self._replicated_parameters, *self._sliced_parameters], self._data_group),
+            (self._partial_parameters, dist.group.WORLD),
+        ]
+        if axis_size(mesh, REPLICA_AXIS) > 1:
+            summed.append((self._expert_parameters, mesh.get_group(REPLICA_AXIS)))
+        self._sums = [GradientSums(some, group, self._meter, early=overlap) for some, group in summed]
+
+    def expect_last_backward(self) -> None:
+        """A step's last backward begins: from here on, gradients that are there are on their way to the other ranks.
+
+        May be left out; then `reduce_gradients` starts all sums.
+        """
+        for sums in self._sums:
+            sums.expect()
 
     def reduce_gradients(self) -> None:
-        """Sum gradients: over the ranks whose tokens they do not know yet. A collective."""
-        whole = [*self._replicated_parameters, *self._sliced_parameters]
-        self._timed(lambda: self._sum(whole, self._data_group, self.data_size))
-        self._timed(lambda: self._sum(self._partial_parameters, dist.group.WORLD, self.world_size))
-        if axis_size(self._mesh, REPLICA_AXIS) > 1:
-            group = self._mesh.get_group(REPLICA_AXIS)
-            self._timed(lambda: self._sum(self._expert_parameters, group, axis_size(self._mesh, REPLICA_AXIS)))
+        """Sum gradients, or wait for the sums that are under way. A collective."""
+        for sums in self._sums:
+            sums.finish()
 
     def clip_gradients(self, max_norm: float | None) -> torch.Tensor:
         """Global L2 norm of all gradients, every slice counted once; gradients are scaled down to `max_norm`."""
@@ -136,40 +150,8 @@ class DataParallel:
             return "slices"
         return "partial" if name in self._layout.partial else "replicated"
 
-    def _timed(self, call: Callable[[], Any]) -> None:
-        self._meter.timed(call, self._device)
-
-    def _sum(self, parameters: list[torch.nn.Parameter], group: dist.ProcessGroup | None, size: int) -> None:
-        if size == 1 or not parameters:
-            return
-        # A parameter without a gradient here may have one elsewhere; one that has none anywhere keeps none.
-        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self._device)
-        dist.all_reduce(present, op=dist.ReduceOp.MAX, group=group)
-        used = [parameter for parameter, flag in zip(parameters, present.tolist(), strict=True) if flag]
-        for parameter in used:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([parameter.grad for parameter in used if parameter.grad is not None]):
-            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-            dist.all_reduce(flat, group=group)
-            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(summed.view_as(gradient))
-
     def _squares(self, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if not gradients:
             return torch.zeros((), dtype=torch.float64, device=self._device)
         return torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]).double().square().sum()
-
-
-def _buckets(gradients: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Neighbors of one dtype, up to `_BUCKET_BYTES` each, in a fixed order."""
-    buckets: list[list[torch.Tensor]] = []
-    size = 0
-    for gradient in gradients:
-        if not buckets or buckets[-1][0].dtype != gradient.dtype or size + gradient.nbytes > _BUCKET_BYTES:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(gradient)
-        size += gradient.nbytes
-    return buckets

@@ -88,13 +88,12 @@ def axis_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
     return mesh.get_group(axes[0] if len(axes) == 1 else axis)
 
 
-def another_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
-    """A new process group of the ranks along an axis of the mesh. Its collectives wait for none of the axis's own, and
-    as long as those for a rank that does not answer.
+def another_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A new process group of the ranks of a group, of all ranks if None. Its collectives wait for none of the other's,
+    and as long as those for a rank that does not answer.
 
-    A collective over the ranks along the axis.
+    A collective of the group.
     """
-    group = mesh.get_group(axis)
     ranks, timeout = dist.get_process_group_ranks(group), timeout_of(group)
     return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
 

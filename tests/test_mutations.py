@@ -65,6 +65,7 @@ SIMULATOR = "farskip/test_simulator.py"
 RACES = "parallel/test_races.py"
 DISPATCHER = "parallel/test_dispatcher.py"
 DATA_PARALLEL = "parallel/test_data_parallel.py"
+GRADIENT_SUMS = "parallel/test_gradient_sums.py"
 EMULATED = "parallel/test_emulated_link.py"
 ORDINARY = "models/test_ordinary_equals_untouched.py"
 WIRINGS = "models/test_wirings.py"
@@ -99,6 +100,7 @@ LADDER_REFERENCE = Catch(WIRINGS, "test_logits_and_every_gradient", ("deepseek_v
 UNTOUCHED = Catch(ORDINARY, "test_logits_and_gradients", ("deepseek_v3", "sdpa"))
 ONE_RANK = Catch(DISPATCHER, "test_one_rank", (7, 2, 2))
 SUMS = Catch(DATA_PARALLEL, "sums", (2, 1 << 20), 4)
+EARLY_SUMS = Catch(GRADIENT_SUMS, "early_equals_late", (2,), 2)
 NORM = Catch(DATA_PARALLEL, "norm", (2, 0.25), 4)
 POINT = Catch(GRID, "run_corner", ({"world": 2, "ep": 2},), 2)
 NO_ROWS = Catch("models/test_hf_layer.py", "test_experts_without_a_row_keep_the_graph_whole", ("deepseek_v3",))
@@ -596,23 +598,23 @@ MUTATIONS = [
     # gradients over ranks
     Mutation(
         "expert gradients are reduced twice",
-        _PARALLEL + "data_parallel:DataParallel.reduce_gradients",
-        "if axis_size(self._mesh, REPLICA_AXIS) > 1:",
-        "self._sum(self._expert_parameters, dist.group.WORLD, 4)\n    if axis_size(self._mesh, REPLICA_AXIS) > 1:",
+        _PARALLEL + "data_parallel:DataParallel.__init__",
+        "if axis_size(mesh, REPLICA_AXIS) > 1:",
+        "summed.append((self._expert_parameters, None))\n    if axis_size(mesh, REPLICA_AXIS) > 1:",
         SUMS,
     ),
     Mutation(
         "replicas of experts are not reduced",
-        _PARALLEL + "data_parallel:DataParallel.reduce_gradients",
-        "if axis_size(self._mesh, REPLICA_AXIS) > 1:",
+        _PARALLEL + "data_parallel:DataParallel.__init__",
+        "if axis_size(mesh, REPLICA_AXIS) > 1:",
         "if False:",
         SUMS,
     ),
     Mutation(
         "replicated gradients are not reduced",
-        _PARALLEL + "data_parallel:DataParallel.reduce_gradients",
-        "self._sum(whole, self._data_group, self.data_size)",
-        "None",
+        _PARALLEL + "data_parallel:DataParallel.__init__",
+        "([*self._replicated_parameters, *self._sliced_parameters], self._data_group)",
+        "([], None)",
         SUMS,
     ),
     Mutation(
@@ -645,10 +647,47 @@ MUTATIONS = [
     ),
     Mutation(
         "a gradient that is missing on a rank is left out of the sum",
-        _PARALLEL + "data_parallel:DataParallel._sum",
-        "if flag]",
-        "if all(p.grad is not None for p in parameters)]",
+        _PARALLEL + "gradient_sums:GradientSums.finish",
+        "bool(next(anywhere)) for _ in bucket.parameters",
+        "bool(next(anywhere)) and p.grad is not None for p in bucket.parameters",
         Catch(DATA_PARALLEL, "absent_gradients", (), 2),
+    ),
+    Mutation(
+        "a sum of gradients is read before it is there",
+        _PARALLEL + "gradient_sums:_Bucket.finish",
+        "self.pending.wait()",
+        "self.pending.unfilled",
+        EARLY_SUMS,
+    ),
+    Mutation(
+        "gradients are sent before all of a bucket are there",
+        _PARALLEL + "gradient_sums:GradientSums._gradient_is_there",
+        "not self._buckets[self._num_launched].unfinished",
+        "True",
+        EARLY_SUMS,
+    ),
+    Mutation(
+        "gradients are sent before the last backward",
+        _PARALLEL + "gradient_sums:GradientSums._gradient_is_there",
+        "not self._expecting or ",
+        "",
+        EARLY_SUMS,
+    ),
+    Mutation(
+        "a bucket is sent as soon as it is complete, whatever the order on other ranks",
+        _PARALLEL + "gradient_sums:GradientSums._gradient_is_there",
+        "while self._num_launched < len(self._buckets) and not self._buckets[self._num_launched].unfinished:\n"
+        "        self._launch_next()",
+        "if not bucket.unfinished:\n        self._buckets.remove(bucket)\n"
+        "        self._buckets.insert(self._num_launched, bucket)\n        self._launch_next()",
+        Catch(GRADIENT_SUMS, "other_order_on_every_rank", (), 2),
+    ),
+    Mutation(
+        "sums of gradients queue behind what the schedule has in flight",
+        _PARALLEL + "gradient_sums:GradientSums._plan",
+        "another_group(self._ranks)",
+        "self._ranks or dist.group.WORLD",
+        Catch(GRADIENT_SUMS, "beside_what_is_in_flight", (), 2),
     ),
     # tensor parallelism: waits
     Mutation(
@@ -824,16 +863,16 @@ MUTATIONS = [
     # tensor parallelism: between ranks
     Mutation(
         "partial gradients are not summed over the ranks",
-        _PARALLEL + "data_parallel:DataParallel.reduce_gradients",
-        "self._sum(self._partial_parameters, dist.group.WORLD, self.world_size)",
-        "None",
+        _PARALLEL + "data_parallel:DataParallel.__init__",
+        "(self._partial_parameters, dist.group.WORLD)",
+        "([], None)",
         tensor_point(case="llama"),
     ),
     Mutation(
         "whole gradients are summed over tp",
-        _PARALLEL + "data_parallel:DataParallel.reduce_gradients",
-        "self._sum(whole, self._data_group, self.data_size)",
-        "self._sum(whole, dist.group.WORLD, self.world_size)",
+        _PARALLEL + "data_parallel:DataParallel.__init__",
+        "self._sliced_parameters], self._data_group)",
+        "self._sliced_parameters], None)",
         tensor_point(case="llama"),
     ),
     Mutation(
@@ -874,7 +913,7 @@ MUTATIONS = [
     Mutation(
         "norms over all heads queue behind the schedule's all-reduces",
         _MODELS + "parallelize:parallelize",
-        "another_group(mesh, TP_AXIS)",
+        "another_group(axis_group(mesh, TP_AXIS))",
         "axis_group(mesh, TP_AXIS)",
         Catch("models/test_sliced_norm.py", "norms_beside_what_is_in_flight", (), 2),
     ),

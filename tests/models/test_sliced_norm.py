@@ -112,7 +112,7 @@ def test_the_norms_do_not_queue_behind_the_schedule(rank_pool: "RankPool") -> No
 
 def groups(ep: int | None) -> tuple[list[int], bool]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))["tp"] if ep is None else build_mesh(ep, tp=2)
-    group = another_group(mesh, TP_AXIS)
+    group = another_group(axis_group(mesh, TP_AXIS))
     tensor = torch.full((1,), 10.0 ** dist.get_rank())
     ProcessGroupLink(group).all_reduce(tensor).wait()
     assert tensor.item() == sum(10.0**rank for rank in dist.get_process_group_ranks(group))

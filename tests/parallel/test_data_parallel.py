@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from farskip.parallel import data_parallel
+from farskip.parallel import gradient_sums
 from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.mesh import EP_AXIS, REPLICA_AXIS, axis_size, build_mesh
 
@@ -38,7 +38,7 @@ def sums(ep: int, bucket_bytes: int) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     parameters = parameters_of(rank)
     everyone = [parameters_of(other) for other in range(world)]
-    with patch.object(data_parallel, "_BUCKET_BYTES", bucket_bytes):
+    with patch.object(gradient_sums, "_BUCKET_BYTES", bucket_bytes):
         DataParallel(build_mesh(ep), parameters, sharded=["expert"]).reduce_gradients()
     for name in ("plain", "matrix", "half"):
         assert torch.equal(grad(parameters[name]), sum(grad(other[name]) for other in everyone)), name  # type: ignore[arg-type]

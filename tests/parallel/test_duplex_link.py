@@ -63,7 +63,11 @@ def gives_up() -> None:
     try:
         mesh = build_mesh(2)
         group = axis_group(mesh, EP_AXIS)
-        links = [ProcessGroupLink(group), DuplexGlooLink(group), ProcessGroupLink(another_group(mesh, EP_AXIS))]
+        links = [
+            ProcessGroupLink(group),
+            DuplexGlooLink(group),
+            ProcessGroupLink(another_group(group)),
+        ]
     finally:
         _set_pg_timeout(usual, dist.group.WORLD)
     if rank in (0, 3):

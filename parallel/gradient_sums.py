@@ -1,0 +1,182 @@
+"""Sums of gradients over ranks, launched while backward still runs.
+
+Parameters are put into buckets once, from the last of the model to the first, which is about the order in which
+backward finishes them. In a step's last backward a bucket whose gradients are all there is copied together and its
+all-reduce launched, if those before it are launched, so that all ranks launch in one order. What is left when backward
+ends is launched then, and all are waited for. Which parameters share a bucket depends on nothing that happens in a
+step, so neither does a bit of the sums: launched early or at the end, under a serial or an overlapped schedule.
+
+A gradient that no rank has stays away; one that some rank has counts as zero on the others.
+"""
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from farskip.parallel.mesh import another_group
+from farskip.pending import Pending
+from farskip.wait_meter import WaitMeter
+
+_BUCKET_BYTES = 32 << 20
+
+
+class _Bucket:
+    """Neighbors of one dtype, summed in one all-reduce."""
+
+    def __init__(self) -> None:
+        self.parameters: list[nn.Parameter] = []
+        self.num_bytes = 0
+        self.unfinished: set[int] = set()
+        self.finished: list[torch.cuda.Event] = []
+        self.pending: Pending | None = None
+
+    def expect(self) -> None:
+        """A backward begins in which every gradient becomes what it has to be."""
+        self.unfinished, self.finished = {id(parameter) for parameter in self.parameters}, []
+
+    def launch(self, group: dist.ProcessGroup, meter: WaitMeter) -> None:
+        """Copy the gradients together and start their sum."""
+        for event in self.finished:
+            event.wait()  # backward runs an op on the stream of its forward, and here may be another one
+        parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self.parameters]
+        flat = torch.cat(parts)
+        self.pending = Pending(flat, dist.all_reduce(flat, group=group, async_op=True), meter=meter)
+
+    def finish(self, exists: Iterable[bool]) -> None:
+        """Wait for the sum and put it where the gradients are; `exists`: whether any rank has one, per parameter."""
+        assert self.pending is not None, "a bucket of gradients was waited for before it was launched"
+        summed, self.pending = self.pending.wait(), None
+        if summed.is_cuda:  # it may come from the memory of another stream
+            summed.record_stream(torch.cuda.current_stream(summed.device))
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, one, anywhere in zip(self.parameters, summed.split(sizes), exists, strict=True):
+            if not anywhere:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.copy_(one.view_as(parameter))
+
+
+class GradientSums:
+    """Sums the gradients of some parameters over the ranks of a group, in place.
+
+    Args:
+        parameters: equal shapes and dtypes in an equal order on all ranks; those that need no gradient are left out.
+        group: the ranks; None is all. The sums have a process group of their own, so that nothing that the schedule has
+            in flight waits for them.
+        meter: sums how long compute stood still for them.
+        early: whether `expect` does anything; if not, every sum is launched by `finish`.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        group: dist.ProcessGroup | None,
+        meter: WaitMeter,
+        *,
+        early: bool = True,
+    ) -> None:
+        self._parameters = tuple(parameters)
+        self._meter = meter
+        self._early = early
+        self._ranks, self._is_alone = group, dist.get_world_size(group) == 1
+        self._group: dist.ProcessGroup | None = None  # made when there is something to sum
+        self._needed: tuple[bool, ...] = ()
+        self._buckets: list[_Bucket] = []
+        self._bucket_of: dict[int, _Bucket] = {}
+        self._hooked: set[int] = set()
+        self._num_launched = 0
+        self._expecting = False
+
+    def expect(self) -> None:
+        """A step's last backward begins: from here on a bucket that is complete is launched. A collective."""
+        if self._is_alone or not self._early:
+            return
+        self._plan()
+        for bucket in self._buckets:
+            bucket.expect()
+        self._expecting = True
+
+    def finish(self) -> None:
+        """After backward: launch what is left, and wait. A collective."""
+        if self._is_alone:
+            return
+        self._expecting = False
+        self._plan()
+        while self._num_launched < len(self._buckets):
+            self._launch_next()
+        self._num_launched = 0
+        planned = [parameter for bucket in self._buckets for parameter in bucket.parameters]
+        if not planned:
+            return
+        here = torch.tensor([p.grad is not None for p in planned], dtype=torch.int32, device=planned[0].device)
+        work = dist.all_reduce(here, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        anywhere = iter(Pending(here, work, meter=self._meter).wait().tolist())
+        for bucket in self._buckets:
+            bucket.finish([bool(next(anywhere)) for _ in bucket.parameters])
+
+    def _plan(self) -> None:
+        """Buckets for the parameters that need a gradient now."""
+        needed = tuple(parameter.requires_grad for parameter in self._parameters)
+        if needed == self._needed:
+            return
+        assert self._num_launched == 0, "requires_grad of a parameter changed while gradients were being summed"
+        self._needed, self._buckets = needed, []
+        for parameter, is_needed in zip(reversed(self._parameters), reversed(needed), strict=True):
+            if not is_needed:
+                continue
+            last = self._buckets[-1] if self._buckets else None
+            if (
+                last is None
+                or last.parameters[0].dtype != parameter.dtype
+                or last.num_bytes + parameter.nbytes > _BUCKET_BYTES
+            ):
+                last = _Bucket()
+                self._buckets.append(last)
+            last.parameters.append(parameter)
+            last.num_bytes += parameter.nbytes
+        if self._buckets and self._group is None:
+            self._group = another_group(self._ranks)
+        self._bucket_of = {id(parameter): bucket for bucket in self._buckets for parameter in bucket.parameters}
+        if self._early:
+            for parameter in self._parameters:
+                if id(parameter) in self._bucket_of and id(parameter) not in self._hooked:
+                    self._hooked.add(id(parameter))
+                    parameter.register_post_accumulate_grad_hook(_Finished(self))
+
+    def _launch_next(self) -> None:
+        assert self._group is not None
+        self._buckets[self._num_launched].launch(self._group, self._meter)
+        self._num_launched += 1
+
+    def _gradient_is_there(self, parameter: nn.Parameter) -> None:
+        """Called by autograd."""
+        bucket = self._bucket_of.get(id(parameter))
+        if not self._expecting or bucket is None:
+            return
+        if bucket.pending is not None:
+            raise RuntimeError(
+                f"a gradient of shape {list(parameter.shape)} changed while its sum over ranks was under way: only one "
+                "backward may follow the call that announces a step's last one"
+            )
+        bucket.unfinished.discard(id(parameter))
+        if parameter.is_cuda:
+            bucket.finished.append(torch.cuda.current_stream(parameter.device).record_event())
+        while self._num_launched < len(self._buckets) and not self._buckets[self._num_launched].unfinished:
+            self._launch_next()
+
+
+class _Finished:
+    """The hook of a parameter. Does not keep its `GradientSums` alive: parameters live longer."""
+
+    def __init__(self, sums: GradientSums) -> None:
+        self._sums = weakref.ref(sums)
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        sums = self._sums()
+        if sums is not None:
+            assert isinstance(parameter, nn.Parameter)
+            sums._gradient_is_there(parameter)
