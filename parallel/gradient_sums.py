@@ -6,7 +6,9 @@ all-reduce launched, if those before it are launched, so that all ranks launch i
 ends is launched then, and all are waited for. Which parameters share a bucket depends on nothing that happens in a
 step, so neither does a bit of the sums: launched early or at the end, under a serial or an overlapped schedule.
 
-A gradient that no rank has stays away; one that some rank has counts as zero on the others.
+A gradient that no rank has stays away; one that some rank has counts as zero on the others. Behind a bucket's gradients
+travels a number for each, one where there is one: what is still zero when it arrives is missing everywhere. Only a rank
+that lacks a gradient looks, so the host waits for nothing else.
 """
 
 import weakref
@@ -21,6 +23,10 @@ from farskip.pending import Pending
 from farskip.wait_meter import WaitMeter
 
 _BUCKET_BYTES = 32 << 20
+"""At most this much in one all-reduce: a larger one takes as long as its bytes do, and starts later."""
+
+_LEAST_BUCKET_BYTES, _NUM_BUCKETS = 1 << 20, 8
+"""A small model is cut in about so many parts all the same, unless they would be so small that latency counts."""
 
 
 class _Bucket:
@@ -41,23 +47,29 @@ class _Bucket:
         """Copy the gradients together and start their sum."""
         for event in self.finished:
             event.wait()  # backward runs an op on the stream of its forward, and here may be another one
+        first = self.parameters[0]
         parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self.parameters]
-        flat = torch.cat(parts)
+        if all(p.grad is not None for p in self.parameters):
+            counts = [first.new_ones(len(self.parameters))]
+        else:  # not from a list of Python's: the host would wait for its copy
+            counts = [first.new_zeros(1) if p.grad is None else first.new_ones(1) for p in self.parameters]
+        with torch.no_grad():
+            flat = torch.cat([*parts, *counts])
         self.pending = Pending(flat, dist.all_reduce(flat, group=group, async_op=True), meter=meter)
 
-    def finish(self, exists: Iterable[bool]) -> None:
-        """Wait for the sum and put it where the gradients are; `exists`: whether any rank has one, per parameter."""
+    def finish(self) -> None:
+        """Wait for the sum and put it where the gradients are, or should be."""
         assert self.pending is not None, "a bucket of gradients was waited for before it was launched"
         summed, self.pending = self.pending.wait(), None
         if summed.is_cuda:  # it may come from the memory of another stream
             summed.record_stream(torch.cuda.current_stream(summed.device))
         sizes = [parameter.numel() for parameter in self.parameters]
-        for parameter, one, anywhere in zip(self.parameters, summed.split(sizes), exists, strict=True):
-            if not anywhere:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.copy_(one.view_as(parameter))
+        *sums, counts = summed.split([*sizes, len(sizes)])
+        for parameter, one, count in zip(self.parameters, sums, counts, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(one.view_as(parameter))
+            elif bool(count):
+                parameter.grad = one.view_as(parameter).clone()
 
 
 class GradientSums:
@@ -109,14 +121,8 @@ class GradientSums:
         while self._num_launched < len(self._buckets):
             self._launch_next()
         self._num_launched = 0
-        planned = [parameter for bucket in self._buckets for parameter in bucket.parameters]
-        if not planned:
-            return
-        here = torch.tensor([p.grad is not None for p in planned], dtype=torch.int32, device=planned[0].device)
-        work = dist.all_reduce(here, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        anywhere = iter(Pending(here, work, meter=self._meter).wait().tolist())
         for bucket in self._buckets:
-            bucket.finish([bool(next(anywhere)) for _ in bucket.parameters])
+            bucket.finish()
 
     def _plan(self) -> None:
         """Buckets for the parameters that need a gradient now."""
@@ -125,15 +131,13 @@ class GradientSums:
             return
         assert self._num_launched == 0, "requires_grad of a parameter changed while gradients were being summed"
         self._needed, self._buckets = needed, []
+        num_bytes = sum(each.nbytes for each, is_needed in zip(self._parameters, needed, strict=True) if is_needed)
+        most = min(_BUCKET_BYTES, max(num_bytes // _NUM_BUCKETS, _LEAST_BUCKET_BYTES))
         for parameter, is_needed in zip(reversed(self._parameters), reversed(needed), strict=True):
             if not is_needed:
                 continue
             last = self._buckets[-1] if self._buckets else None
-            if (
-                last is None
-                or last.parameters[0].dtype != parameter.dtype
-                or last.num_bytes + parameter.nbytes > _BUCKET_BYTES
-            ):
+            if last is None or last.parameters[0].dtype != parameter.dtype or last.num_bytes + parameter.nbytes > most:
                 last = _Bucket()
                 self._buckets.append(last)
             last.parameters.append(parameter)

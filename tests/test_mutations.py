@@ -647,9 +647,16 @@ MUTATIONS = [
     ),
     Mutation(
         "a gradient that is missing on a rank is left out of the sum",
-        _PARALLEL + "gradient_sums:GradientSums.finish",
-        "bool(next(anywhere)) for _ in bucket.parameters",
-        "bool(next(anywhere)) and p.grad is not None for p in bucket.parameters",
+        _PARALLEL + "gradient_sums:_Bucket.finish",
+        "elif bool(count):",
+        "elif False:",
+        Catch(DATA_PARALLEL, "absent_gradients", (), 2),
+    ),
+    Mutation(
+        "a gradient that no rank has becomes zero",
+        _PARALLEL + "gradient_sums:_Bucket.finish",
+        "elif bool(count):",
+        "else:",
         Catch(DATA_PARALLEL, "absent_gradients", (), 2),
     ),
     Mutation(
