@@ -8,13 +8,17 @@ import argparse
 import json
 import math
 import os
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from farskip.launch.config import ParallelConfig
 from farskip.launch.convert import layers_of
 from farskip.launch.doctor_environment import job_of, network, settings, threads, torchrun
 from farskip.launch.doctor_machine import Finding, Level, devices, extras, packages, room
 from farskip.launch.doctor_run import checkpoint, degrees
+from farskip.launch.trace import write_atomically
 
 WARNED, BROKEN = 1, 2
 
@@ -41,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     out = command.add_argument_group("what comes out").add_argument
     out("--strict", action="store_true", help="warnings count: exit code 1")
     out("--quiet", action="store_true", help="print warnings and errors only")
-    out("--json", action="store_true", help="print all findings as JSON")
+    out("--json", metavar="FILE", help="write all findings; - for standard output")
     return command
 
 
@@ -59,12 +63,13 @@ def main(argv: list[str]) -> int:
     """
     options = parser().parse_args(argv)
     found = examine(options)
-    if options.json:
-        counts = {level: sum(finding.level is level for finding in found) for level in Level}
-        listed = [{"level": each.level, "name": each.name, "text": each.text} for each in found]
-        print(json.dumps({"findings": listed, "counts": counts}, indent=1))
+    document = json.dumps({"findings": [asdict(each) for each in found], "counts": _counts(found)}, indent=1) + "\n"
+    if options.json == "-":
+        print(document, end="")
     else:
         print(_text([each for each in found if each.level is not Level.ok or not options.quiet], found))
+    if options.json and options.json != "-":
+        write_atomically(options.json, partial(_write, document.encode()))
     levels = {finding.level for finding in found}
     if Level.error in levels:
         return BROKEN
@@ -95,14 +100,22 @@ def examine(options: argparse.Namespace) -> list[Finding]:
     found += fits
     if options.model is not None:
         layers = None if options.layers is None else layers_of(options.layers)
-        if any(each.level is Level.error for each in fits):
-            parallel = ParallelConfig(ep=1)  # the rest of the model is looked at all the same
-        found += checkpoint(options.model, options.wiring, layers, parallel, job)
+        is_possible = not any(each.level is Level.error for each in fits)
+        found += checkpoint(options.model, options.wiring, layers, parallel if is_possible else None, job)
     return found
+
+
+def _counts(found: list[Finding]) -> dict[Level, int]:
+    return {level: sum(finding.level is level for finding in found) for level in Level}
+
+
+def _write(data: bytes, file: BinaryIO) -> None:
+    file.write(data)
 
 
 def _text(shown: list[Finding], found: list[Finding]) -> str:
     width = max((len(finding.name) for finding in shown), default=0)
     lines = [f"{finding.level:<7}  {finding.name:<{width}}  {finding.text}" for finding in shown]
-    errors, warnings = (sum(each.level is level for each in found) for level in (Level.error, Level.warning))
-    return "\n".join([*lines, f"{len(found)} things looked at: {errors} errors, {warnings} warnings"])
+    counts = _counts(found)
+    summary = f"{len(found)} things looked at: {counts[Level.error]} errors, {counts[Level.warning]} warnings"
+    return "\n".join([*lines, summary])

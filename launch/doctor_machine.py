@@ -25,8 +25,8 @@ _SOCKETS_PER_PEER, _OTHER_FILES = 16, 256
 _DISK_BYTES = 10 * 10**9
 """Free disk below which a run is likely to end with its first checkpoints."""
 
-HOST = "this machine"
-"""Where the memory of `device_memory` is, if there is no device."""
+DEVICE, HOST = "a device", "this machine"
+"""Where the memory of `device_memory` is."""
 
 _WITHOUT = {
     "megatron.core": ("megatron-core", "farskip bench overlap leaves out megatron-core's variants"),
@@ -182,7 +182,7 @@ def device_memory() -> tuple[int, str] | None:
         return None
     if torch.cuda.is_available():
         sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
-        return min(sizes), "a device"
+        return min(sizes), DEVICE
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), HOST
     except (ValueError, OSError):
@@ -206,7 +206,8 @@ def room(ranks: int, runs: Path, shm: Path = Path("/dev/shm")) -> list[Finding]:
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = _OTHER_FILES + _SOCKETS_PER_PEER * (ranks - 1)
     if limit == resource.RLIM_INFINITY or limit >= need:
-        found.append(ok("open files", f"limit {limit}, {need} are enough for {ranks} ranks"))
+        text = "no limit" if limit == resource.RLIM_INFINITY else f"limit {limit}"
+        found.append(ok("open files", f"{text}, {need} are enough for {ranks} rank{'s' if ranks > 1 else ''}"))
     else:
         text = f"limit {limit}, a rank of {ranks} may need {need}; ulimit -n {need} first (the system allows {most})"
         found.append(warning("open files", text))

@@ -10,7 +10,7 @@ from typing import Any
 
 from farskip.launch.config import ParallelConfig
 from farskip.launch.doctor_environment import Job
-from farskip.launch.doctor_machine import HOST, Finding, device_memory, error, ok, warning
+from farskip.launch.doctor_machine import DEVICE, HOST, Finding, device_memory, error, ok, warning
 from farskip.models.checkpoint_files import has_safetensors, read_checkpoint
 from farskip.models.folder_copy import size_text
 from farskip.models.layer_kinds import blocks_of_layers
@@ -36,7 +36,7 @@ def degrees(parallel: ParallelConfig, job: Job) -> list[Finding]:
 
 
 def checkpoint(
-    folder: Path, wiring: str | None, layers: str | Sequence[int] | None, parallel: ParallelConfig, job: Job
+    folder: Path, wiring: str | None, layers: str | Sequence[int] | None, parallel: ParallelConfig | None, job: Job
 ) -> list[Finding]:
     """Whether a checkpoint can be loaded, rewired and spread over the ranks, and what a rank then holds.
 
@@ -44,7 +44,8 @@ def checkpoint(
         folder: of the checkpoint.
         wiring: that it gets; None: what it says.
         layers: which of them; all if None.
-        parallel: ep, tp, sequence_parallel, chunks and capacity of the run.
+        parallel: ep, tp, sequence_parallel, chunks and capacity of the run; None if they are no such settings: then
+            nothing is said of the model over ranks.
         job: the ranks.
     """
     try:
@@ -74,15 +75,16 @@ def checkpoint(
     reason = why_whole(folder, settings)
     if reason is not None and job.ranks > 1:
         found.append(warning("loading", f"every rank reads the whole checkpoint, because {reason}"))
-    ep = parallel.ep or job.ranks
-    experts: list[Any] = [each.experts for each in sub_blocks if each.experts is not None]
     chosen: Wiring | None = None
     try:
         chosen = _chosen(recorded, wiring, layers, len(blocks))
         inputs = chosen.resolve(blocks)
     except ValueError as problem:
         found.append(error("wiring", str(problem)))
-    refused = len(found)
+    if parallel is None:
+        return found
+    ep, refused = parallel.ep or job.ranks, len(found)
+    experts: list[Any] = [each.experts for each in sub_blocks if each.experts is not None]
     try:
         if experts:
             most = max(int(each.num_experts) for each in experts)
@@ -163,7 +165,9 @@ def _memory(model: Any, family: Any, experts: list[Any], ep: int, tp: int, job: 
     parts = ", ".join(f"{what} {size_text(size * count)}" for what, size in _STATE_BYTES.items())
     pretrain = sum(_STATE_BYTES.values()) * count
     distill = pretrain + _ORIGINAL_BYTES * count
-    text = f"a rank holds {count} parameters: {parts}, together {size_text(pretrain)}; with the original, in distill, "
+    text = (
+        f"a rank holds {count:,} parameters: {parts}, together {size_text(pretrain)}; with the original, in distill, "
+    )
     text += f"{size_text(distill)}; activations not counted"
     there = device_memory()
     if there is None:
@@ -172,8 +176,8 @@ def _memory(model: Any, family: Any, experts: list[Any], ep: int, tp: int, job: 
     if where == HOST and job.ranks_here is not None:
         size, where = size // job.ranks_here, f"{where} for each of {job.ranks_here} ranks"
     text += f"; there is {size_text(size)} on {where}"
-    if pretrain > size:
-        return [error("memory", f"{text}: too little; use more ranks, larger ep or tp")]
-    if distill > size:
-        return [warning("memory", f"{text}: too little for distill; use more ranks, larger ep or tp")]
-    return [ok("memory", text)]
+    if max(pretrain, distill) <= size:
+        return [ok("memory", text)]
+    text += f": too little{'' if pretrain > size else ' for distill'}; use more ranks, a larger ep or tp"
+    # A machine without devices may only be where a run is planned.
+    return [error("memory", text) if pretrain > size and where == DEVICE else warning("memory", text)]

@@ -113,7 +113,7 @@ def _source(question: Question, stage: str) -> str:
 def table(comparison: Comparison) -> str:
     """One line per wiring and schedule, and the bound."""
     rows: list[tuple[str, ...]] = [
-        ("wiring", "schedule", "forward ms", "speedup", "fwd+bwd ms", "speedup", "hidden", "exposed ms", "of links ms")
+        ("wiring", "schedule", "forward ms", "speedup", "fwd+bwd ms", "speedup", "hidden", "exposed ms", "links ms")
     ]
 
     def row(name: str, outcome: Outcome) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ def table(comparison: Comparison) -> str:
     best = [f"{comparison.blocking.forward / forward:.3f}x" if forward else "-"]
     best.append(f"{comparison.blocking.total / free:.3f}x" if free else "-")
     rows.append(("no communication", "", f"{forward:.2f}", best[0], f"{free:.2f}", best[1], "100.0 %", "0.00", "0.00"))
-    note = "hidden: of what communication costs ordinary, blocking; exposed: compute stands still"
+    note = "hidden: of what links cost ordinary, blocking; exposed: compute waits; links: sum of transfers"
     return f"\nsimulated, all layers, layers only; {note}\n" + _columns(rows, left=(0, 1))
 
 

@@ -135,7 +135,7 @@ def read_shape(folder: Path) -> tuple[str, ModelShape]:
         )
     try:
         return architecture, _shape(rule, config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder}: config.json: {error}") from None
 
 

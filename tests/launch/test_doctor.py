@@ -52,7 +52,7 @@ def only(found: list[Finding], level: Level) -> Finding:
 
 def about(call: Call, checkpoint: Path, *words: str) -> tuple[int, dict[str, tuple[str, str]]]:
     """Exit code, and name -> level and text, of a doctor on a checkpoint."""
-    code, out, err = call(["doctor", "--json", "--model", str(checkpoint), *words])
+    code, out, err = call(["doctor", "--json", "-", "--model", str(checkpoint), *words])
     assert err == ""
     return code, {each["name"]: (each["level"], each["text"]) for each in json.loads(out)["findings"]}
 
@@ -99,9 +99,13 @@ def test_errors_are_two_with_and_without_strict(farskip_command: Call, tmp_path:
 
 
 def test_json(farskip_command: Call, tmp_path: Path) -> None:
-    code, out, _ = farskip_command(["doctor", "--json", "--runs", str(tmp_path), "--ep", "3", "--ranks", "8"])
+    words = ["doctor", "--runs", str(tmp_path), "--ep", "3", "--ranks", "8", "--json"]
+    code, out, _ = farskip_command([*words, "-"])
     assert code == 2
     document = json.loads(out)
+    code, text, _ = farskip_command([*words, str(tmp_path / "found.json")])
+    assert text.splitlines()[-1].endswith("1 errors, 0 warnings")
+    assert json.loads((tmp_path / "found.json").read_text()) == document
     assert document["counts"]["error"] == 1
     assert {"level": "error", "name": "parallel", "text": "ep=3 does not divide 8 ranks: choose a divisor of 8"} in (
         document["findings"]
@@ -288,7 +292,7 @@ def test_parameters_of_a_rank_are_those_that_parallelize_leaves(
         count += parameter.numel() // part
     ranks = str(max(ep, tp))
     _, found = about(farskip_command, checkpoint, "--ep", str(ep), "--tp", str(tp), "--ranks", ranks)
-    assert found["memory"][1].startswith(f"a rank holds {count} parameters: ")
+    assert found["memory"][1].startswith(f"a rank holds {count:,} parameters: ")
 
 
 def test_memory_that_is_too_little(checkpoint: Path, farskip_command: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +302,10 @@ def test_memory_that_is_too_little(checkpoint: Path, farskip_command: Call, monk
         found = about(farskip_command, checkpoint)[1]
         assert found["memory"][0] == level, found["memory"]
         assert level == "ok" or "too little" in found["memory"][1]
+    monkeypatch.setattr(doctor_run, "device_memory", lambda: (15 * count, "this machine"))
+    found = about(farskip_command, checkpoint, "--ep", "2", "--ranks-per-host", "2")[1]
+    assert found["memory"][0] == "warning"  # a run may be planned here for another one
+    assert "on this machine for each of 2 ranks: too little; use more ranks" in found["memory"][1]
 
 
 def test_no_window_is_a_warning(checkpoint: Path, farskip_command: Call) -> None:
@@ -332,6 +340,7 @@ def test_what_a_run_would_refuse(
     assert found[name][0] == "error"
     assert message in found[name][1]
     assert found["model"][0] == "ok"  # the rest is looked at all the same
+    assert "memory" not in found or name == "wiring"
 
 
 def altered(checkpoint: Path, folder: Path, **keys: Any) -> Path:

@@ -12,8 +12,10 @@ import pytest
 
 from farskip.launch.simulate import parser
 from farskip.launch.simulate_inputs import merged
-from farskip.launch.simulate_report import middle_of
+from farskip.launch.simulate_report import Swept, middle_of
+from farskip.schedule import Schedule
 from farskip.simulator import StageTimes
+from farskip.what_if import Comparison, Outcome
 from farskip.wiring import DENSE, MOE
 
 Call = Callable[[list[str]], tuple[int, str, str]]
@@ -215,6 +217,23 @@ def test_a_sweep_says_from_where_on_everything_hides(model: str, tmp_path: Path,
 def test_a_sweep_in_which_nothing_hides(model: str, farskip_command: Call) -> None:
     words = ["simulate", "--model", model, "--ep", "8", *MACHINE, "--sweep", "1GB/s:2GB/s"]
     assert "farskip: at no bandwidth tried less than 1 % of the step exposed" in farskip_command(words)[1]
+
+
+def test_hidden_from_a_bandwidth_on_means_at_all_higher_ones() -> None:
+    def compared(exposed: float) -> Comparison:
+        outcome = Outcome(
+            wiring="farskip", mode="overlapped", schedule=Schedule(mode="serial", segments=(), forward=(), backward=()),
+            forward=40.0, total=100.0, communication=50.0, exposed=exposed,
+        )  # fmt: skip
+        return Comparison(blocking=outcome, forward_bound=1.0, bound=1.0, outcomes=(outcome,))
+
+    def hides_from(*exposed: float) -> float | None:
+        points = tuple((10.0 * (place + 1), compared(one)) for place, one in enumerate(exposed))
+        return Swept(points=points, hidden_below=0.01).hides_from("farskip")
+
+    assert hides_from(5.0, 0.5, 2.0, 1.0, 0.0) == 40.0
+    assert hides_from(0.0, 0.0) == 10.0
+    assert hides_from(0.0, 2.0) is None
 
 
 def test_the_middle_of_a_model() -> None:

@@ -92,6 +92,10 @@ def changed(**keys: Any) -> dict[str, Any]:
         (changed(model_type="mixtral"), "goes with model_type 'llama', but config.json says 'mixtral'; correct"),
         (changed(hidden_size="absent"), "config.json: hidden_size=None is no size; it has to be a whole number"),
         (changed(hidden_size=-3), "config.json: hidden_size=-3 is no size"),
+        (
+            changed(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", mlp_only_layers=3),
+            "config.json: argument of type 'int' is not",
+        ),
         (changed(num_hidden_layers=True), "config.json: num_hidden_layers=True is no size"),
         (
             changed(architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", kv_lora_rank=4)
