@@ -16,7 +16,7 @@ from typing import BinaryIO
 from farskip.launch.config import ParallelConfig
 from farskip.launch.convert import layers_of
 from farskip.launch.doctor_environment import job_of, network, settings, threads, torchrun
-from farskip.launch.doctor_machine import Finding, Level, devices, extras, packages, room
+from farskip.launch.doctor_machine import Finding, Level, devices, extras, has_devices, packages, room
 from farskip.launch.doctor_run import checkpoint, degrees
 from farskip.launch.trace import write_atomically
 
@@ -94,7 +94,12 @@ def examine(options: argparse.Namespace) -> list[Finding]:
     least = math.lcm(max(options.ep, 1), max(options.tp, 1))
     job = job_of(os.environ, options.ranks, options.ranks_per_host, least)
     found = [*packages(), *extras(), *devices(job.ranks_here)]
-    found += settings(os.environ, job) + network(os.environ, job) + threads(os.environ, job) + torchrun(os.environ)
+    found += (
+        settings(os.environ, job)
+        + network(os.environ, job, over_gloo=not has_devices())
+        + threads(os.environ, job)
+        + torchrun(os.environ)
+    )
     found += room(job.ranks, options.runs)
     fits = degrees(parallel, job)
     found += fits

@@ -71,12 +71,15 @@ def settings(environment: Mapping[str, str], job: Job) -> list[Finding]:
     return found or [ok("settings", "no variable is set that is known to defeat overlap or to slow collectives down")]
 
 
-def network(environment: Mapping[str, str], job: Job, interfaces: Sequence[str] | None = None) -> list[Finding]:
+def network(
+    environment: Mapping[str, str], job: Job, *, over_gloo: bool, interfaces: Sequence[str] | None = None
+) -> list[Finding]:
     """Whether the interfaces that are named exist, and whether gloo would find one that other hosts reach.
 
     Args:
         environment: the variables.
         job: its ranks.
+        over_gloo: whether ranks run over gloo; NCCL does not wait at the loopback.
         interfaces: of this host; the system's if None.
     """
     here = [name for _, name in socket.if_nameindex()] if interfaces is None else list(interfaces)
@@ -88,7 +91,7 @@ def network(environment: Mapping[str, str], job: Job, interfaces: Sequence[str] 
         for name in names:
             if not any(each.startswith(name) if variable.startswith("NCCL") else each == name for each in here):
                 found.append(error(variable, f"{variable}={name}: there is no such interface here; there is {others}"))
-    if job.has_several_hosts and not environment.get("GLOO_SOCKET_IFNAME"):
+    if over_gloo and job.has_several_hosts and not environment.get("GLOO_SOCKET_IFNAME"):
         address = _own_address()
         if address.startswith("127."):
             text = f"this host's name leads to {address}, where gloo would wait and no other host can reach it"

@@ -174,6 +174,15 @@ def _nccl(torch: Any) -> str:
     return f"NCCL {'.'.join(str(part) for part in torch.cuda.nccl.version())}"
 
 
+def has_devices() -> bool:
+    """Whether torch sees one, so that ranks run over NCCL."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return False
+    return torch.cuda.is_available()
+
+
 def device_memory() -> tuple[int, str] | None:
     """Bytes of the smallest device, or of the machine; None where the system does not say."""
     try:

@@ -227,6 +227,8 @@ def draw(question: Question, swept: Swept, file: BinaryIO) -> None:
     bound = [each.blocking.total / each.bound if each.bound else math.nan for _, each in swept.points]
     axes.plot(bandwidths, bound, color="black", linestyle="--", linewidth=1, label="no communication")
     axes.set_xscale("log")
+    axes.set_xticks(bandwidths[::3], labels=[f"{gb_s:.3g}" for gb_s in bandwidths[::3]])
+    axes.minorticks_off()
     axes.set_xlabel("bandwidth of the link, GB/s", fontsize=8)
     axes.set_ylabel("speedup over ordinary blocking, forward and backward", fontsize=8)
     axes.set_title(f"SIMULATED, overlapped: {question.name}, contention {question.contention:g}", fontsize=9)

@@ -67,6 +67,13 @@ def test_the_slower_of_two_rates_and_the_latency_of_every_chunk() -> None:
     assert rich_memory["dispatch"] == pytest.approx(2 * 0.5 + costs["dispatch"].link_bytes / 1e6 * 1e3)
 
 
+def test_which_collectives_are_cut_into_chunks() -> None:
+    costs = stage_costs(SHAPE, replace(LAYOUT, ep=4, tp=2, chunks=3))
+    launches = {stage: cost.launches for stage, cost in costs.items() if cost.axis}
+    cut = {"dispatch", "combine", *(f"{kind}_{block}" for kind in ("gather", "scatter") for block in ("mlp", "shared"))}
+    assert launches == {stage: 3 if stage in cut else 1 for stage in launches}
+
+
 def test_nothing_is_said_without_a_rate_or_a_size() -> None:
     assert times_of(stage_costs(SHAPE, LAYOUT), Rates(links={})).forward == {}
     only_link = times_of(stage_costs(SHAPE, LAYOUT), Rates(links={TP: LinkRate(gb_s=1.0)})).forward

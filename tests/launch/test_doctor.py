@@ -211,16 +211,20 @@ def test_settings() -> None:
 
 
 def test_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = ["lo", "eth0", "ib0"]
-    assert network({}, ALONE, here) == []
-    assert network({"NCCL_SOCKET_IFNAME": "ib", "GLOO_SOCKET_IFNAME": "eth0"}, TWO_HOSTS, here) == []
-    assert network({"NCCL_SOCKET_IFNAME": "^docker0,=eth0"}, ALONE, here) == []
-    wrong = only(network({"GLOO_SOCKET_IFNAME": "eth"}, TWO_HOSTS, here), Level.error)
+    def found(environment: dict[str, str], job: Job, *, over_gloo: bool = True) -> list[Finding]:
+        return network(environment, job, over_gloo=over_gloo, interfaces=["lo", "eth0", "ib0"])
+
+    assert found({}, ALONE) == []
+    assert found({"NCCL_SOCKET_IFNAME": "ib", "GLOO_SOCKET_IFNAME": "eth0"}, TWO_HOSTS) == []
+    assert found({"NCCL_SOCKET_IFNAME": "^docker0,=eth0"}, ALONE) == []
+    wrong = only(found({"GLOO_SOCKET_IFNAME": "eth"}, TWO_HOSTS), Level.error)
     assert wrong.text == "GLOO_SOCKET_IFNAME=eth: there is no such interface here; there is eth0, ib0"
+    assert only(found({"NCCL_SOCKET_IFNAME": "wl"}, ALONE), Level.error).name == "NCCL_SOCKET_IFNAME"
     monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
-    assert "leads to 127.0.1.1" in only(network({}, TWO_HOSTS, here), Level.warning).text
+    assert "leads to 127.0.1.1" in only(found({}, TWO_HOSTS), Level.warning).text
+    assert found({}, TWO_HOSTS, over_gloo=False) == []
     monkeypatch.setattr("socket.gethostbyname", lambda name: "10.0.0.3")
-    assert levels(network({}, TWO_HOSTS, here)) == [("ok", "network")]
+    assert levels(found({}, TWO_HOSTS)) == [("ok", "network")]
 
 
 def test_threads() -> None:

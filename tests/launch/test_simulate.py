@@ -146,12 +146,13 @@ def test_contention_and_show(times: str, farskip_command: Call) -> None:
 
 def test_where_times_come_from(model: str, times: str, farskip_command: Call) -> None:
     words = ["simulate", "--model", model, "--ep", "8", *MACHINE, "--times", times, "--time", "shared=7ms"]
-    out = farskip_command([*words, "--time", "experts.backward=900us"])[1]
+    out = farskip_command([*words, "--time", "experts.backward=900us", "--time", "combine=1ms"])[1]
     rows = {line.split()[0]: " ".join(line.split()) for line in out.split("from\n")[1].splitlines()[:9]}
     assert rows["shared"].endswith("7.000 14.000 given")
     assert rows["experts"].endswith("2.000 0.900 given")
     assert rows["attention_in"].endswith("measured")
-    assert rows["dispatch"].endswith("bytes over the link")
+    assert rows["dispatch"].endswith("1.782 1.782 bytes over the link")  # not the file's 3 ms
+    assert rows["combine"].endswith("1.000 1.000 given")
     assert rows["mlp"].endswith("shapes at the stated rates")
 
 
