@@ -257,15 +257,15 @@ def explain(
                 inside.append(step.key)
         else:
             inside = open_windows.pop(step.key)
-            if layers is not None and step.key.layer not in layers:
-                continue
             window = sum(took[key] for key in inside)
             names = ", ".join(str(key) for key in inside) or "nothing"
             cells = (transfer[step.key], window, timeline.exposed[step.key])
             rows.append((str(step.key), *(f"{cell:.2f}" for cell in cells), names))
-    total = timeline.communication_total
-    share = f"{100 * timeline.hidden_total / total:.0f} % hidden" if total else "none"
+    hidden = timeline.communication_total - timeline.exposed_total
+    share = f"{100 * hidden / timeline.communication_total:.0f} % hidden" if timeline.communication_total else "none"
     rows.append(("sum", f"{timeline.communication_total:.2f}", "", f"{timeline.exposed_total:.2f}", share))
+    if layers is not None:
+        rows = [row for row in rows if "." not in row[0] or int(row[0].rpartition(".")[2]) in layers]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) + f"  {row[4]}"
