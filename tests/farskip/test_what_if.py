@@ -30,7 +30,7 @@ BANDS = {
     "overlap_real_500mbit": (0.95, 1.06),
     "overlap_real_500mbit_more_compute": (0.95, 1.03),
     "overlap_timed_500mbit_4_hosts": (0.95, 1.06),
-    "tp_overlap_real_1gbit": (0.97, 1.18),  # two hosts on two cores: moving bytes takes compute's cores
+    "tp_overlap_real_1gbit": (0.97, 1.25),  # two hosts on two cores: moving bytes takes compute's cores
     "tp_overlap_timed_500mbit": (0.97, 1.06),
 }
 
