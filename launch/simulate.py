@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     shown = options.show or question.wirings[-1]
     if shown not in question.wirings:
         raise ValueError(f"--show {shown} is not among --wirings {','.join(question.wirings)}; add it there")
-    for wiring in question.wirings:
+    for wiring in dict.fromkeys(("ordinary", *question.wirings)):
         missing = missing_times(question.setting, wiring, question.times())
         if missing:
             raise ValueError(what_is_missing(missing, wiring, question))

@@ -18,7 +18,7 @@ from farskip.launch.simulate_inputs import (
 from farskip.parallel.degrees import check_degrees, check_experts
 from farskip.simulator import StageTimes
 from farskip.stage_costs import EP, TP, Cost, Layout, LinkRate, ModelShape, Rates, stage_costs, times_of
-from farskip.stage_graph import COLLECTIVES, COMBINE, DISPATCH
+from farskip.stage_graph import COLLECTIVES
 from farskip.what_if import DIRECTIONS, Comparison, Setting, compare, needed_stages
 from farskip.wiring import DENSE
 
@@ -168,11 +168,10 @@ def missing_times(setting: Setting, wiring: str, times: StageTimes) -> list[str]
 def what_is_missing(missing: list[str], wiring: str, question: Question) -> str:
     """The error for stages without a time."""
     collectives = [stage for stage in missing if stage.partition(".")[0] in COLLECTIVES]
-    first = (collectives or missing)[0]
-    axis = "--link" if first.partition(".")[0] in (DISPATCH, COMBINE) else "--link or --tp-link"
-    sizes = "" if question.shape.hidden else " with --hidden and --top-k"
-    rest = f"{axis}{sizes}" if collectives else "--tflops and --membw with --model"
-    return (
-        f"no time for {', '.join(missing)} of {wiring}; give {rest}, a file of --times that has them, or "
-        f"--time {first}=1ms"
-    )
+    advice = []
+    if len(collectives) < len(missing):
+        advice.append("--tflops and --membw" + ("" if question.shape.expert or question.shape.mlp else " with --model"))
+    if collectives:
+        advice.append("--link" + ("" if question.shape.hidden else " with --hidden and --top-k"))
+    what = f"no time for {', '.join(missing)} of {wiring}"
+    return f"{what}; give {' and '.join(advice)}, or a file of --times that has them, or --time {missing[0]}=1ms"

@@ -291,6 +291,13 @@ def test_the_middle_of_a_model() -> None:
             "holds those of several; add --variant, one of ordinary_",
         ),
         (["--model", "MODEL", "--ep", "8"], "no time for attention_in, attention_core, mlp, route, dispatch, experts,"),
+        (["--model", "MODEL", "--ep", "8"], "give --tflops and --membw and --link, or a file of --times that has them"),
+        (["--model", "MODEL", "--ep", "8", *MACHINE[:4]], "no time for dispatch, combine of ordinary; give --link, or"),
+        (
+            ["--num-layers", "2", "--tp", "2", "--wirings", "parallel"]
+            + [f"--time={stage}=1ms" for stage in ("attention_in", "attention_core", "mlp", "reduce_mlp")],
+            "no time for reduce_attention of ordinary; give --link with --hidden and --top-k, or a file",
+        ),
         ([*HAND, "--times", "TIMES", "--wirings", "farskp"], "wiring 'farskp' is unknown; did you mean 'farskip'?"),
         ([*HAND, "--times", "TIMES", "--wirings", ","], "--wirings ',' names none; use ordinary,farskip"),
         ([*HAND, "--times", "TIMES", "--layers", "9:12"], "layers '9:12': use START:STOP"),
