@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from farskip.launch.convert import layers_of
 from farskip.launch.run_folder import STAGE_TIMES
 from farskip.models.model_shape import read_shape
 from farskip.simulator import StageTimes
@@ -45,11 +44,6 @@ def shape_of(options: argparse.Namespace) -> tuple[str, ModelShape]:
     blocks = tuple(DENSE if layer < dense or not experts else moe for layer in range(options.num_layers))
     top_k = options.top_k or 0
     return "a model of flags", ModelShape(blocks=blocks, hidden=options.hidden or 0, num_experts=experts, top_k=top_k)
-
-
-def layers_option(text: str) -> str | list[int]:
-    """See `farskip convert --layers`."""
-    return layers_of(text)
 
 
 def given_time(text: str) -> tuple[str, str, float]:
