@@ -7,6 +7,7 @@ the exposed time given here is a lower bound for a real machine, and
     exposed = sum over collectives of max(0, communication - window)
 
 where the window is the compute between launch and wait (exact while one collective is in flight at a time).
+`Timeline.contended` puts contention on top of it.
 """
 
 import itertools
@@ -116,6 +117,20 @@ class Timeline:
         """Summed duration of all collectives."""
         return sum(span.stop - span.start for span in self.communication)
 
+    @property
+    def hidden_total(self) -> float:
+        """Communication during which compute ran."""
+        return self.communication_total - self.exposed_total
+
+    def contended(self, contention: float) -> float:
+        """When everything is done if both lanes take 1 + `contention` times as long while both are busy.
+
+        How much work of the other lane lies beside a stage does not depend on how fast the two go together: both slow
+        down alike. So as much is exposed as without contention, and what is hidden costs `contention` of its time.
+        Overlap then gains 1 - `contention` of what it gains without, and loses above 1.
+        """
+        return self.total + contention * self.hidden_total
+
 
 def simulate(steps: Sequence[Instruction], times: StageTimes, direction: str = "forward") -> Timeline:
     """Play a list of instructions against a clock.
@@ -214,13 +229,16 @@ def _durations(times: StageTimes) -> Iterator[Duration]:
         yield duration
 
 
-def explain(steps: Sequence[Instruction], times: StageTimes, direction: str = "forward") -> str:
+def explain(
+    steps: Sequence[Instruction], times: StageTimes, direction: str = "forward", *, layers: range | None = None
+) -> str:
     """The arithmetic of the windows: what every collective hides under, and what stays exposed.
 
     Args:
         steps: `Schedule.forward` or `Schedule.backward`.
         times: how long each stage takes.
         direction: which of the times apply.
+        layers: whose collectives get a line, all if None; the sums are of all.
 
     Returns:
         A table with one line per collective (its time, the compute between its launch and its wait, the simulated
@@ -246,6 +264,8 @@ def explain(steps: Sequence[Instruction], times: StageTimes, direction: str = "f
     hidden = timeline.communication_total - timeline.exposed_total
     share = f"{100 * hidden / timeline.communication_total:.0f} % hidden" if timeline.communication_total else "none"
     rows.append(("sum", f"{timeline.communication_total:.2f}", "", f"{timeline.exposed_total:.2f}", share))
+    if layers is not None:
+        rows = [row for row in rows if "." not in row[0] or int(row[0].rpartition(".")[2]) in layers]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         f"{row[0]:<{widths[0]}}  " + "  ".join(f"{row[i]:>{widths[i]}}" for i in (1, 2, 3)) + f"  {row[4]}"

@@ -19,7 +19,7 @@ from farskip.data_config import DataConfig
 from farskip.evaluation import Evaluation, autocast, evaluate
 from farskip.launch.config import BalanceConfig, LinkKind, ParallelConfig, Recompute
 from farskip.launch.ranks import Ranks
-from farskip.launch.run_folder import write_config, write_text
+from farskip.launch.run_folder import STAGE_TIMES, write_config, write_text
 from farskip.models.attach import attachment_of, layers_of
 from farskip.models.balancing import DroppedRows, balance_model
 from farskip.models.kernels import kernels_line, use_kernels
@@ -301,12 +301,15 @@ def tune(prepared: Prepared, objective: Objective, data: TextData, parallel: Par
 
 
 def write_plan(prepared: Prepared, config: Any, folder: Path, ranks: Ranks, times: StageTimes | None) -> None:
-    """The resolved configuration and the schedule, beside the run."""
+    """The resolved configuration, the schedule and what it was chosen by, beside the run."""
     if ranks.rank != 0:
         return
     write_config(config, folder)
     schedule = schedule_of(prepared)
     write_text(folder / "schedule.json", json.dumps(schedule.to_dict(), indent=1) + "\n")
+    if times is not None:
+        measured = {"forward": dict(times.forward), "backward": dict(times.backward)}
+        write_text(folder / STAGE_TIMES, json.dumps(measured, indent=1) + "\n")
     text = [f"{wiring_of(prepared.model)}, {schedule.mode}"]
     attachment = attachment_of(prepared.model)
     if attachment is not None and attachment.executor.graph.is_sequence_parallel:

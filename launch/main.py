@@ -67,6 +67,16 @@ COMMANDS: tuple[Command, ...] = (
         help="measure in profiler traces how much communication was exposed",
     ),
     Command(
+        name="simulate",
+        module="farskip.launch.simulate",
+        help="say what wirings and schedules would gain, before a run",
+    ),
+    Command(
+        name="doctor",
+        module="farskip.launch.doctor",
+        help="say what would break a run here or keep it from overlapping",
+    ),
+    Command(
         name="bench",
         module="farskip.launch.bench",
         help="measure here: overlap over links that cost time, kernels on a GPU",

@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+STAGE_TIMES = "stage_times.json"
+"""Milliseconds of stages, forward and backward, as the warm-up measured them; `farskip simulate --times` reads it."""
+
 
 def check_run_folder(folder: Path, *, resume: bool) -> None:
     """Refuse a folder that already holds a finished or begun run, before any work is done.

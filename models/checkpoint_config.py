@@ -1,30 +1,12 @@
 """config.json of a checkpoint as an ordinary model's: without our record, under the family's own names."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from farskip.models.config_file import read_config
 from farskip.models.export import read_record
 from farskip.models.family import Family
 from farskip.wiring import Wiring
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json holds.
-
-    Raises:
-        ValueError: it is not there, or not an object.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder}: no config.json there; give the folder of a checkpoint in transformers' format")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error}); the file is damaged, copy it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: {type(config).__name__} instead of an object; the file is damaged, copy it again")
-    return config
 
 
 def check_model_type(family: Family, config: dict[str, Any]) -> None:
@@ -44,13 +26,17 @@ def transformers_config(family: Family, config: dict[str, Any]) -> Any:
     """An ordinary config.json as transformers' object, with all defaults.
 
     Raises:
-        ValueError: its model_type is not the family's.
+        ValueError: its model_type is not the family's, or a value is of another kind than transformers expects.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     check_model_type(family, config)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    return transformers.AutoConfig.for_model(**plain)
+    try:
+        return transformers.AutoConfig.for_model(**plain)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"config.json does not make a {family.name}: {' '.join(str(error).split())}") from error
 
 
 def ordinary_config(folder: Path) -> tuple[Family, Wiring | None, dict[str, Any]]:

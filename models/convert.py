@@ -13,8 +13,9 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
-from farskip.models.checkpoint_config import check_model_type, read_config, transformers_config
+from farskip.models.checkpoint_config import check_model_type, transformers_config
 from farskip.models.checkpoint_files import INDEX, StoredCheckpoint, StoredFile, file_header, read_checkpoint
+from farskip.models.config_file import read_config
 from farskip.models.export import export_files, read_record
 from farskip.models.family import Family
 from farskip.models.folder_copy import append, append_bytes, replaced_when_complete, size_text

@@ -76,7 +76,7 @@ def load(
             raise ValueError(f"load {folder}: {name}= spreads a model over ranks and needs mesh=")
     config_dict = _read_config(folder)
     family, recorded = read_record(folder, config_dict)
-    fp8 = _undo_quantization(folder, config_dict, dtype)
+    fp8 = undo_quantization(folder, config_dict, dtype)
     here = None if mesh is None else slices_here(folder, config_dict, mesh)
     model = _load_transformers(folder, family, config_dict, dtype, here, fp8).to(device)
     chosen = recorded if wiring is None else wiring
@@ -138,7 +138,7 @@ def _on_first_rank(action: Callable[[], None]) -> None:
         raise RuntimeError(f"save: rank {dist.get_rank()} stops because rank 0 could not write: {said[0]}")
 
 
-def _undo_quantization(folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> Fp8 | None:
+def undo_quantization(folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> Fp8 | None:
     """Quantized experts can neither be called by row nor trained: have transformers undo the quantization as it loads,
     or take it out of the config, if it is one that is undone here as the files are read."""
     quantization = config.get("quantization_config")

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from farskip.parallel.collectives import AllToAll, Link
+from farskip.parallel.degrees import check_experts
 from farskip.rows import even_sizes, product_dtype
 from farskip.stage import DispatchPlan, Routing, WeightOn
 from farskip.triton_kernels.backend import choose_backend
@@ -64,14 +65,7 @@ class AllToAllDispatcher:
         capacity: int | None = None,
         backend: str | None = None,
     ) -> None:
-        if num_experts % link.size:
-            raise ValueError(
-                f"expert parallelism of {link.size} does not divide {num_experts} experts: choose a divisor"
-            )
-        if chunks < 1:
-            raise ValueError(f"chunks={chunks} is too small; use 1 for no chunks, or more")
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity={capacity} is too small; use 1 row per expert or more, or None for no limit")
+        check_experts(num_experts, link.size, chunks, capacity)
         self.link = link
         self.num_local_experts = num_experts // link.size
         self.chunks = chunks

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from farskip.parallel.degrees import check_degrees
+
 EP_AXIS, REPLICA_AXIS, TP_AXIS, EP_GROUPS_AXIS, DATA_AXIS = "ep", "replica", "tp", "ep_groups", "data"
 _TOGETHER = {EP_AXIS: (EP_GROUPS_AXIS, TP_AXIS), DATA_AXIS: (REPLICA_AXIS, EP_GROUPS_AXIS)}
 
@@ -36,19 +38,11 @@ def build_mesh(ep: int, device_type: str = "cpu", *, tp: int = 1) -> DeviceMesh:
         ValueError: `ep` or `tp` does not divide the number of ranks, or `ep` would cut a tensor-parallel group.
     """
     world = dist.get_world_size()
-    if ep < 1 or world % ep:
-        raise ValueError(f"ep={ep} does not divide {world} ranks: choose a divisor of {world}")
-    if tp < 1 or world % tp:
-        raise ValueError(f"tp={tp} does not divide {world} ranks: choose a divisor of {world}")
+    check_degrees(world, ep, tp)
     if tp == 1:
         mesh = init_device_mesh(device_type, (world // ep, ep), mesh_dim_names=(REPLICA_AXIS, EP_AXIS))
     elif ep == 1:
         mesh = init_device_mesh(device_type, (world // tp, tp), mesh_dim_names=(REPLICA_AXIS, TP_AXIS))
-    elif ep % tp:
-        raise ValueError(
-            f"ep={ep} is not a multiple of tp={tp}: experts are spread over whole tensor-parallel groups; choose ep=1 "
-            f"or a multiple of {tp}"
-        )
     else:
         mesh = init_device_mesh(
             device_type, (world // ep, ep // tp, tp), mesh_dim_names=(REPLICA_AXIS, EP_GROUPS_AXIS, TP_AXIS)

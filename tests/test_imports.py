@@ -70,12 +70,17 @@ print(json.dumps({"missing": missing, "changes": changes}))
 WITHOUT_TORCH = (
     "farskip",
     "farskip.batch",
+    "farskip.launch.doctor",
     "farskip.launch.main",
     "farskip.launch.simulate",
     "farskip.launch.trace",
+    "farskip.models.model_shape",
+    "farskip.parallel.degrees",
     "farskip.schedule",
     "farskip.simulator",
+    "farskip.stage_costs",
     "farskip.stage_graph",
+    "farskip.what_if",
     "farskip.wiring",
 )
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from farskip.schedule import Do, Instruction, Schedule, build_schedule, even_segments
-from farskip.simulator import StageTimes, choose_schedule, placements, simulate
+from farskip.simulator import StageTimes, choose_schedule, explain, placements, simulate
 from farskip.stage_graph import COMBINE, DISPATCH, Key, StageGraph, build_stage_graph
 from farskip.wiring import DENSE, MOE, MOE_SHARED, Wiring
 
@@ -172,3 +172,107 @@ def test_backward_times_are_derived_or_given() -> None:
 def test_an_unknown_stage_has_no_time() -> None:
     with pytest.raises(ValueError, match="no time for 'experts'; give one for each of"):
         StageTimes(forward={"route": 1.0}).of("experts", "forward")
+
+
+def fluid(steps: tuple[Instruction, ...], times: StageTimes, direction: str, contention: float) -> float:
+    """The definition of contention, played out: two lanes, each at rate 1 / (1 + F) while both are busy."""
+    now, queue = 0.0, list[list]()  # of the link: key and work left
+
+    def advance(work: float, until: Key | None) -> None:
+        """Do `work` of compute, or with none wait until a collective is done."""
+        nonlocal now
+        while work > 0 or any(key == until for key, _ in queue):
+            part = min(left for left in (work or float("inf"), queue[0][1] if queue else float("inf")))
+            now += part * (1 + contention if work and queue else 1)
+            work -= part if work else 0
+            if queue:
+                queue[0][1] -= part
+                if queue[0][1] <= 0:
+                    queue.pop(0)
+
+    for step in steps:
+        duration = times.of(step.key.stage, direction)
+        if step.do is Do.LAUNCH:
+            queue.append([step.key, duration])
+        else:
+            advance(duration if step.do is Do.RUN else 0, None if step.do is Do.RUN else step.key)
+    return now
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", NAMES)
+def test_contention_is_what_two_lanes_at_a_lower_rate_take(name: str, direction: str) -> None:
+    tried = 0
+    for seed, contention in itertools.product(range(6), (0.0, 0.3, 1.0)):
+        draw = random.Random(seed)
+        times = StageTimes(forward={stage: float(draw.randint(1, 9)) for stage in STAGES})
+        steps = getattr(choose_schedule(graph(name), "overlapped", times=times), direction)
+        timeline = simulate(steps, times, direction)
+        tried += timeline.hidden_total > 0
+        assert timeline.contended(contention) == pytest.approx(fluid(steps, times, direction, contention))
+        if contention == 0.0:
+            assert timeline.contended(contention) == timeline.total
+    assert tried or name == "ordinary"
+
+
+def test_contention_takes_its_share_of_what_overlap_gains() -> None:
+    """Overlapped gains 1 - F of what it gains without contention, and serial schedules do not feel it."""
+    times = random_times(3)
+    serial = simulate(build_schedule(graph("farskip"), "serial").forward, times)
+    timeline = simulate(build_schedule(graph("farskip"), "overlapped").forward, times)
+    assert serial.contended(0.3) == serial.total
+    gain = serial.total - timeline.total
+    assert gain > 0
+    assert serial.total - timeline.contended(0.3) == pytest.approx(0.7 * gain)
+    assert timeline.contended(1.0) == pytest.approx(serial.total)
+
+
+def dense_total(name: str, num_layers: int, attention: float, mlp: float, links: tuple[float, float]) -> float:
+    """Forward time of a dense model under tensor parallelism."""
+    times = StageTimes(
+        forward={
+            "attention_in": attention / 2,
+            "attention_core": attention / 2,
+            "mlp": mlp,
+            "reduce_attention": links[0],
+            "reduce_mlp": links[1],
+        }
+    )
+    inputs = Wiring.named(name, num_layers).resolve((DENSE,) * num_layers)
+    stages = build_stage_graph(inputs, expert_parallel=False, tensor_parallel=True)
+    return simulate(choose_schedule(stages, "overlapped", times=times).forward, times).total
+
+
+@pytest.mark.parametrize(("compute", "link"), [(1.0, 2.0), (2.0, 1.0), (3.0, 3.0), (5.0, 0.0)])
+def test_closed_forms_of_equal_sub_blocks_under_tensor_parallelism(compute: float, link: float) -> None:
+    """2L sub-blocks of compute c, each with an all-reduce m (arXiv 2501.06589): standard 2L(c + m), ladder
+    2L max(c, m) + min(c, m), parallel L(2c + m)."""
+    layers = 5
+    totals = {n: dense_total(n, layers, compute, compute, (link, link)) for n in ("ordinary", "ladder", "parallel")}
+    assert totals == {
+        "ordinary": 2 * layers * (compute + link),
+        "ladder": 2 * layers * max(compute, link) + min(compute, link),
+        "parallel": layers * (2 * compute + link),
+    }
+
+
+def test_ladders_period_of_unequal_sub_blocks() -> None:
+    draw = random.Random(0)
+    for _ in range(10):
+        a, m, link_a, link_m = (float(draw.randint(1, 9)) for _ in range(4))
+        longer, shorter = (dense_total("ladder", layers, a, m, (link_a, link_m)) for layers in (16, 8))
+        assert (longer - shorter) / 8 == max(a + link_a, m + link_m, a + m, link_a + link_m)
+
+
+def test_parallel_beats_ladder_over_slow_links() -> None:
+    """It has half the all-reduces. By the closed forms, L(2c + m) < 2Lm + c from m = (2 - 1/L) c on."""
+    for link, beats in ((1.0, False), (1.8, False), (1.9, True), (5.0, True)):
+        parallel, ladder = (dense_total(name, 8, 1.0, 1.0, (link, link)) for name in ("parallel", "ladder"))
+        assert (parallel < ladder) is beats
+
+
+def test_explain_shows_only_the_layers_asked_for() -> None:
+    steps, times = build_schedule(graph("farskip"), "overlapped").forward, StageTimes()
+    whole, part = explain(steps, times).splitlines(), explain(steps, times, layers=range(2, 3)).splitlines()
+    assert [line.split()[0] for line in part] == ["collective", "dispatch.2", "combine.2", "sum"]
+    assert part[-1].split() == whole[-1].split()

@@ -81,8 +81,10 @@ def test_help_without_torch() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, help_text("farskip", COMMANDS), "")
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.name == "trace"], ids=lambda c: c.name)
-def test_trace_without_torch(command: Command) -> None:
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.name in ("trace", "simulate", "doctor")], ids=lambda c: c.name
+)
+def test_help_of_a_command_without_torch(command: Command) -> None:
     words = [sys.executable, "-P", "-c", BLOCK_TORCH, command.name, "--help"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -114,7 +114,10 @@ def test_four_ranks_in_two_groups(rank_pool: Any, workshop: Any, tmp_path: Path)
     assert_same_run(tmp_path / "four", tmp_path / "one")
 
 
-def test_serial_and_overlapped_give_equal_bits(rank_pool: Any, workshop: Any, tmp_path: Path) -> None:
+def test_serial_and_overlapped_give_equal_bits(
+    rank_pool: Any, workshop: Any, farskip_command: Any, tmp_path: Path
+) -> None:
+    """And the run that chose its schedule by stage times leaves them for `farskip simulate`."""
     timings = {"step_s", "tokens_per_s", "exposed_share"}
     seen = []
     for schedule in ("serial", "overlapped"):
@@ -122,6 +125,11 @@ def test_serial_and_overlapped_give_equal_bits(rank_pool: Any, workshop: Any, tm
         assert rank_pool.run(on_this_rank, 2, "pretrain_job", words) == [None, None]
         seen.append([{k: v for k, v in line.items() if k not in timings} for line in metrics(tmp_path / schedule)])
     assert seen[0] == seen[1]
+    assert not (tmp_path / "serial" / "stage_times.json").exists()
+    run, words = tmp_path / "overlapped", ["simulate", "--ep", "2", "--json", "-"]
+    code, out, _ = farskip_command([*words, "--model", str(run / "model"), "--times", str(run)])
+    assert code == 0
+    assert json.loads(out)["stage_ms"] == json.loads((run / "stage_times.json").read_text())
 
 
 def test_distillation_with_recompute_and_an_emulated_link(
