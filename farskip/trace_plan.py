@@ -48,10 +48,14 @@ def read_plan(path: str | Path) -> Plan:
         The plan.
 
     Raises:
-        ValueError: it is no schedule.
+        ValueError: it cannot be read, or is no schedule.
     """
     try:
         plan = msgspec.json.decode(Path(path).read_bytes(), type=_PlanFile)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: no planned schedule ({error.strerror or error}); give the schedule.json of the run's folder"
+        ) from None
     except msgspec.DecodeError as error:
         raise ValueError(f"{path}: no planned schedule ({error}); give the schedule.json of the run's folder") from None
     return Plan(

@@ -228,5 +228,7 @@ def test_a_file_that_is_no_schedule(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match="no planned schedule"):
             inspect(file, schedule=path)
+    with pytest.raises(ValueError, match=r"elsewhere\.json: no planned schedule \(No such file or directory\)"):
+        inspect(file, schedule=tmp_path / "elsewhere.json")
     path.write_text(json.dumps(PLAN))
     assert any("no schedule to compare" in note for note in inspect(file, schedule=path).ranks[0].notes)
