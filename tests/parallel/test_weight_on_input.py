@@ -1,5 +1,6 @@
 """Dispatch of a family that weighs its experts' inputs: the weight meets the row before it leaves, once."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.testing_links import FakeLink
+from farskip.rows_gradient import RowsGradient
 from farskip.stage import Routing, WeightOn
 
 TOKENS, EXPERTS, WIDTH = 7, 4, 3
@@ -62,3 +64,20 @@ def test_under_autocast_rows_travel_in_its_dtype(weight_on: WeightOn) -> None:
     assert torch.equal(rows_RD, exact_RD.bfloat16())
     rows_RD.float().sum().backward()
     assert tokens_TD.grad is not None and tokens_TD.grad.dtype == torch.float32
+
+
+def test_rows_cast_before_the_copy_keep_their_gradient_with_autograd() -> None:
+    """What is copied has to be what was handed in. A weight on the input is multiplied, and cast, behind the copy."""
+    for weight_on, autocast in itertools.product(WeightOn, (False, True)):
+        gradient, dispatcher = RowsGradient(), AllToAllDispatcher(FakeLink(), EXPERTS)
+        tokens_TD = torch.randn(TOKENS, WIDTH).requires_grad_()
+        route = replace(routing(), weight_on=weight_on)
+        route = replace(route, weights_TK=route.weights_TK.float())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            [(rows_RD, _)] = dispatcher.prepare(tokens_TD.unsqueeze(0), route, gradient)
+        (rows_RD.float() * torch.arange(WIDTH)).sum().backward()
+        assert tokens_TD.grad is not None
+        if autocast and weight_on is WeightOn.OUTPUT:
+            assert tokens_TD.grad.isfinite().all() and gradient.take(tokens_TD.grad) is None
+        else:
+            assert tokens_TD.grad.isnan().all(), "the rows' gradient went beside autograd"

@@ -67,6 +67,7 @@ SIZES = dict.fromkeys(("num_tokens", "num_rows", "num_cols:16", "num_token_progr
 COPY_TYPES = {"dst_ptr": "*i32", "src_ptr": "*i32", "weights_ptr": "*fp32"} | SIZES
 NORM_FLAGS = {"UNIT_OFFSET": False, "KEEP": True, "BLOCK": 8192, "K": 8}
 NORM_FLAGS |= dict.fromkeys(("HAS_ADD", "STORE_Z", "HAS_STREAM", "HAS_SHARED", "HAS_MAP", "HAS_COMBINE"), True)
+NORM_FLAGS |= dict.fromkeys(("HAS_BEFORE", "HAS_ROWS", "HAS_AFTER"), True)
 NORM_TYPES = SIZES | {"dst_ptr": "*i32", "combine_ptr": "*fp32", "eps": "fp32", "program_rows": "i32"}
 
 
@@ -179,6 +180,15 @@ CASES = {
         *("release_router_triton", "release_router_kernel", "y", "s", "routed", "weight", "x", "normed"),
         HAS_MAP=False,
     ),
+    "release_router_backward": norm_case(
+        *("release_router_triton", "release_router_backward_kernel"),
+        *("grad", "before", "rows", "after", "x", "weight", "grad_x"),
+    ),
+    "release_router_backward_dense": norm_case(
+        *("release_router_triton", "release_router_backward_kernel"),
+        *("grad", "before", "rows", "after", "x", "weight", "grad_x"),
+        HAS_MAP=False,
+    ),
     "release_both": norm_case(
         "release_both_triton",
         "release_both_kernel",
@@ -208,7 +218,12 @@ SERVES_NARROW = {"route_sums", "count_slots", "place_slots"}
 """Small kernels over integers, whose accesses need not be wide."""
 WIDE = set(CASES) - SERVES_NARROW
 NORMS = ("add_rms_norm", "release_attention", "release_router", "release_router_dense", "release_both")
-NORM_BACKWARDS = ("norm_backward", "release_both_backward")
+NORM_BACKWARDS = (
+    "norm_backward",
+    "release_router_backward",
+    "release_router_backward_dense",
+    "release_both_backward",
+)
 
 
 @pytest.fixture(scope="module")
