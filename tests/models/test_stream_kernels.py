@@ -204,8 +204,7 @@ def merged_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("capacity", [None, 2])
-@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize(("recompute", "capacity"), [(0, None), (2, 2)])
 @pytest.mark.parametrize("name", ["farskip", "ladder", "ordinary"])
 @pytest.mark.parametrize("model", ["qwen3_moe", "deepseek_v3-no-dense"])
 def test_rows_have_the_bits_of_merged_tokens(

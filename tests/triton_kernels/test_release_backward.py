@@ -87,12 +87,14 @@ def chain(arguments: dict[str, Any], unit_offset: bool, backend: str) -> tuple[T
 @pytest.mark.usefixtures("poison_empty")
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "backend"), [*itertools.product(DTYPES, BACKENDS), (torch.float64, "reference")], ids=str
+    ("dtype", "backend"),
+    [(torch.bfloat16, "triton"), *((dtype, "reference") for dtype in (torch.float32, torch.bfloat16, torch.float64))],
+    ids=str,
 )
 def test_the_op_has_the_bits_of_the_chain(
     dtype: torch.dtype, backend: str, terms: tuple[bool, bool, str | None, bool], device: str
 ) -> None:
-    for shape, unit_offset in ((SHAPES[0], False), (SHAPES[1], False), (SHAPES[0], True)):
+    for shape, unit_offset in ((SHAPES[0], False), (SHAPES[1], True)):
         found, dispatch = make(shape, dtype, device)
         arguments = chosen(terms, found, dispatch, backend)
         if terms[1:] == (False, None, False):
