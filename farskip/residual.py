@@ -198,10 +198,12 @@ class Residual:
         self._offer(Value(layer, block), output_BSD if self._kernels is None else output_BSD.to(self._dtype))
 
     def takes_rows(self, layer: int, rows: Sequence[torch.Tensor]) -> bool:
-        """Whether `put_rows` takes the routed output of a layer: an op adds it, and it is one piece in the stream's
-        dtype."""
+        """Whether `put_rows` takes the routed output of a layer: an op adds it, and it is one piece whose dtype is the
+        stream's or a narrower one, in which it is rounded as if it was merged."""
         fusion = self._fusions.get(Value(layer + 1, Source.FULL))
-        return fusion is not None and fusion.as_rows and [each.dtype for each in rows] == [self._dtype]
+        if fusion is None or not fusion.as_rows or len(rows) > 1:
+            return False
+        return torch.promote_types(rows[0].dtype, self._dtype) == self._dtype
 
     def put_rows(self, layer: int, routed: RoutedRows) -> None:
         """Hand over a routed output as rows."""

@@ -36,14 +36,15 @@ class RowsGradient:
         """`copy(tokens_TD)`, whose gradient is laid aside.
 
         Args:
-            copy: makes rows [R, D] of tokens.
+            copy: makes rows [R, D] of tokens, in their dtype or a narrower one.
             tokens_TD: a view of the tensor whose gradient takes the rows' up.
             dst_TK: int32 row of each (token, choice); -1 where it has none.
         """
         return _Copy.apply(tokens_TD, dst_TK, copy, self)
 
     def take(self, arrived: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The gradient of the rows [R, D] and where they stand [T, K]; None if what arrived is no placeholder.
+        """The gradient of the rows [R, D], in their dtype, and where they stand [T, K]; None if what arrived is the
+        gradient itself.
 
         Args:
             arrived: what autograd brought as the gradient of the tensor.
@@ -64,11 +65,9 @@ class RowsGradient:
             rows_RD.record_stream(torch.cuda.current_stream(rows_RD.device))
         return rows_RD, dst_TK
 
-    def _lay_aside(self, rows_RD: torch.Tensor, dst_TK: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    def _lay_aside(self, placeholder: torch.Tensor, rows_RD: torch.Tensor, dst_TK: torch.Tensor) -> None:
         assert self._laid_aside is None, "rows were copied from a tensor twice, or their gradient was never taken"
-        placeholder = rows_RD.new_full((), float("nan")).expand(shape)  # shows up at once should anybody read it
         self._laid_aside = placeholder, rows_RD, dst_TK
-        return placeholder
 
 
 class _Copy(torch.autograd.Function):
@@ -80,7 +79,7 @@ class _Copy(torch.autograd.Function):
         copy: Callable[[torch.Tensor], torch.Tensor],
         gradient: RowsGradient,
     ) -> torch.Tensor:
-        ctx.gradient, ctx.shape = gradient, tokens_TD.shape
+        ctx.gradient, ctx.shape, ctx.dtype = gradient, tokens_TD.shape, tokens_TD.dtype
         ctx.save_for_backward(dst_TK)
         return copy(tokens_TD.detach())
 
@@ -88,4 +87,7 @@ class _Copy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, rows_RD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (dst_TK,) = ctx.saved_tensors
-        return ctx.gradient._lay_aside(rows_RD.contiguous(), dst_TK, ctx.shape), None, None, None
+        # One number for all: it takes no memory, and NaN shows up at once should anybody read it.
+        placeholder = rows_RD.new_full((), float("nan"), dtype=ctx.dtype).expand(ctx.shape)
+        ctx.gradient._lay_aside(placeholder, rows_RD.contiguous(), dst_TK)
+        return placeholder, None, None, None

@@ -79,7 +79,8 @@ class StreamKernels(Protocol):
     Each takes the norms first, then the terms, all [B, S, D] of one dtype, and returns the sum and its normed forms. It
     rounds every sum to that dtype, in the bracketing of `farskip.residual`; `release_both` equals `release_attention`
     and `release_router` in every bit. Names: x, y, n of a layer are streams, a, s, r outputs of its sub-blocks, x', n'
-    streams of the next layer. Where r comes as rows they are summed on the way, in the bits of `Dispatcher.merge`.
+    streams of the next layer. r may come as rows, of that dtype or a narrower one: they are summed on the way, in the
+    bits of `Dispatcher.merge`.
     """
 
     def run_on(self, stream_BSD: torch.Tensor) -> bool:

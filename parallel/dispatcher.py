@@ -104,7 +104,7 @@ class AllToAllDispatcher:
         Args:
             normed_BSD: the tokens.
             routing: where each of them goes.
-            gradient: where the rows' gradient is laid aside, if they are one copy of the tokens in their dtype.
+            gradient: where the rows' gradient is laid aside, if they are one copy of the tokens.
 
         Returns:
             Per chunk: rows in the order of their experts, and the plan. [T*K, D], or [E * capacity, D].
@@ -113,10 +113,6 @@ class AllToAllDispatcher:
         integers. The rows are copied while the counts travel.
         """
         tokens_TD = normed_BSD.reshape(-1, normed_BSD.shape[-1])
-        if routing.weight_on is WeightOn.OUTPUT:  # a weight on the input is multiplied with it first
-            tokens_TD = tokens_TD.to(product_dtype(tokens_TD))
-        if self.chunks > 1 or tokens_TD.dtype != normed_BSD.dtype:
-            gradient = None
         sizes = even_sizes(tokens_TD.shape[0], self.chunks)
         num_experts = self.num_local_experts * self.link.size
         maps = [
@@ -180,17 +176,25 @@ class AllToAllDispatcher:
     ) -> list[tuple[torch.Tensor, DispatchMap]]:
         """Per chunk the rows to send, and the map that placed them."""
         found = []
+        # A weight on the input is multiplied with it before it is rounded.
+        dtype = product_dtype(tokens_TD) if routing.weight_on is WeightOn.OUTPUT else tokens_TD.dtype
         # One part is not split: the gradient of a split is another copy.
         parts = [tokens_TD] if len(sizes) == 1 else tokens_TD.split(sizes)
         for dispatch, chunk_TD, weights_TK in zip(maps, parts, routing.weights_TK.split(sizes), strict=True):
-            copy = partial(permute, dispatch=dispatch, backend=self.backend)
-            rows_RD = copy(chunk_TD) if gradient is None else gradient.copied(copy, chunk_TD, dispatch.dst)
+            copy = partial(self._copied, dispatch=dispatch, dtype=dtype)
+            if gradient is None or len(sizes) > 1:
+                rows_RD = copy(chunk_TD)
+            else:
+                rows_RD = gradient.copied(copy, chunk_TD, dispatch.dst)
             if routing.weight_on is WeightOn.INPUT:
                 weights_R = permute_weights(weights_TK, dispatch, backend=self.backend)
                 rows_RD = rows_RD * weights_R.to(rows_RD.dtype).unsqueeze(1)
                 rows_RD = rows_RD.to(product_dtype(rows_RD))
             found.append((rows_RD, dispatch))
         return found
+
+    def _copied(self, tokens_TD: torch.Tensor, dispatch: DispatchMap, dtype: torch.dtype) -> torch.Tensor:
+        return permute(tokens_TD.to(dtype), dispatch, backend=self.backend)
 
     def _exact_plan(
         self, dispatch: DispatchMap, received_WE: torch.Tensor, input_splits: list[int], output_splits: list[int]

@@ -43,7 +43,8 @@ def release_router(
     Args:
         y: x + a, from `release_attention`, [..., H].
         s: The shared experts' output, as `y`, or None.
-        routed: The routed output: expert rows [R, H] with `dispatch`, or as `y` without.
+        routed: The routed output: expert rows [R, H] with `dispatch`, in the dtype of `y` or a narrower one, or as `y`
+            without.
         weight: [H], of the next layer's norm before router and experts.
         eps: Added to the mean square.
         dispatch: The map that placed the rows, or None.
@@ -97,9 +98,10 @@ def check_routed(
 
 
 def check_fits(name: str, rows: Tensor, dispatch: DispatchMap, stream_name: str, stream: Tensor) -> None:
-    """Raise one line unless rows and stream have one dtype and hidden size, and the map the stream's tokens."""
-    hidden = stream.shape[-1]
-    if rows.dtype != stream.dtype or rows.shape[1] != hidden or len(dispatch.dst) * hidden != stream.numel():
+    """Raise one line unless the rows have the stream's hidden size and its dtype or a narrower one, and the map its
+    tokens."""
+    hidden, fits = stream.shape[-1], torch.promote_types(rows.dtype, stream.dtype) == stream.dtype
+    if not fits or rows.shape[1] != hidden or len(dispatch.dst) * hidden != stream.numel():
         raise ValueError(
             f"{name} {rows.dtype} {list(rows.shape)} of {len(dispatch.dst)} tokens do not fit {stream_name} "
             f"{stream.dtype} {list(stream.shape)}"
@@ -124,7 +126,8 @@ def release_router_backward(
     Args:
         grad_x: Gradient of x' that does not come through its norm, [..., H], or None.
         before: Gradient of norm(x') that its sum starts with, as the router's, as `x`, or None.
-        rows: The next one: of expert rows, [R, H] with `dispatch`, summed per token here; or as `x` without; or None.
+        rows: The next one: of expert rows, [R, H] with `dispatch`, in the dtype of `x` or a narrower one, summed per
+            token here; or as `x` without; or None.
         after: The last one, as the shared experts', as `x`, or None.
         x: x', [..., H].
         rstd: 1/rms of its rows, [T], fp32 (fp64 for fp64): (mean of squares + eps)^(-1/2).
@@ -193,7 +196,7 @@ def _(y: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _y, s, routed, dst, src, combine, weight, _eps, ctx.unit_offset, ctx.backend = inputs
     x, _normed, rstd = output
-    ctx.has_shared = s is not None
+    ctx.has_shared, ctx.rows_dtype = s is not None, routed.dtype
     kept = routed if combine is not None and ctx.needs_input_grad[5] else None
     ctx.save_for_backward(x, rstd, weight, kept, dst, src, combine)
     ctx.mark_non_differentiable(rstd)
@@ -203,7 +206,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad_x: Tensor | None, grad_normed: Tensor | None, _rstd: Any) -> Any:
     x, rstd, weight, routed, dst, src, combine = ctx.saved_tensors
     _, grad, grad_weight = through_norm(grad_normed, grad_x, x, rstd, weight, ctx.unit_offset, ctx.backend)
-    grad_routed, grad_combine = routed_gradients(grad, routed, dst, src, combine, ctx.backend)
+    grad_routed, grad_combine = routed_gradients(grad, routed, dst, src, combine, ctx.rows_dtype, ctx.backend)
     grad_s = grad if ctx.has_shared else None
     return grad, grad_s, grad_routed, None, None, grad_combine, grad_weight, None, None, None
 
@@ -214,12 +217,13 @@ def routed_gradients(
     dst: Tensor | None,
     src: Tensor | None,
     combine: Tensor | None,
+    dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """From the gradient of r, those of the routed rows (or of the dense r) and of the combine weights."""
+    """From the gradient of r, those of the routed rows of this dtype (or of the dense r) and of the combine weights."""
     if grad is None or dst is None or src is None:
         return grad, None
-    return unpermute_gradients(grad.contiguous(), routed, dst, src, combine, backend)
+    return unpermute_gradients(grad.to(dtype).contiguous(), routed, dst, src, combine, backend)
 
 
 apply_release_router.register_autograd(_backward, setup_context=_save)

@@ -101,7 +101,7 @@ class _ByUse(torch.autograd.Function):
         *of_op, num_uses, ctx.take_rows = inputs
         _y, s, routed, dst, src, combine, weight, _eps, ctx.unit_offset, ctx.backend = of_op
         x, normed, rstd = apply_release_router(*of_op)
-        ctx.has_shared = s is not None
+        ctx.has_shared, ctx.rows_dtype = s is not None, routed.dtype
         kept = routed if combine is not None and ctx.needs_input_grad[5] else None
         ctx.save_for_backward(x, rstd, weight, kept, dst, src, combine)
         ctx.set_materialize_grads(False)
@@ -122,5 +122,5 @@ class _ByUse(torch.autograd.Function):
             )
             arguments = (grad_x, before, rows, rows_dst, after, x, rstd, weight)
             grad, grad_weight = apply_release_router_backward(*arguments, ctx.unit_offset, ctx.backend)
-        grad_routed, grad_combine = routed_gradients(grad, kept, dst, src, combine, ctx.backend)
+        grad_routed, grad_combine = routed_gradients(grad, kept, dst, src, combine, ctx.rows_dtype, ctx.backend)
         return grad, grad if ctx.has_shared else None, grad_routed, None, None, grad_combine, grad_weight, *[None] * 5

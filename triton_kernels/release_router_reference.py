@@ -5,14 +5,15 @@ When the routed experts' output r has landed:
     x' = y + (r + s)      the full stream
     v' = norm(x')         what the next router and experts read
 
-each rounded to the storage dtype, r too: it is the sum of a token's expert rows, as `unpermute` would write it.
+each rounded to the storage dtype, r too: it is the sum of a token's expert rows, as `unpermute` would write it. Where
+their dtype is narrower than the streams', it is rounded to theirs.
 
 Backward, v' has up to three readers (router, expert rows, shared experts), and x' has others still:
 
     dv' = (before + sum over k of rows[dst_k]) + after
     dx' = grad + norm_backward(dv')
 
-again each rounded, the sum of the rows too: it is what the backward of `permute` would write.
+again each rounded, the sum of the rows too, in their dtype: it is what the backward of `permute` would write.
 
 Legend: T tokens, K experts per token, R rows, H hidden size.
 """
@@ -34,7 +35,7 @@ def release_router_reference(
     unit_offset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x', norm(x') and 1/rms of x'. `routed` is [R, H] with a map, [T, H] without."""
-    r_TH = routed if dst_TK is None else unpermute_reference(routed, dst_TK, combine_TK)
+    r_TH = routed if dst_TK is None else unpermute_reference(routed, dst_TK, combine_TK).to(y_TH.dtype)
     x_TH = y_TH + (r_TH if s_TH is None else r_TH + s_TH)
     normed_TH, rstd_T = norm_reference(x_TH, weight_H, eps, unit_offset)
     return x_TH, normed_TH, rstd_T
@@ -64,7 +65,7 @@ def release_router_backward_reference(
         weight_H: Of the norm.
         unit_offset: As in the forward.
     """
-    summed = rows if rows is None or dst_TK is None else unpermute_reference(rows, dst_TK, None)
+    summed = rows if rows is None or dst_TK is None else unpermute_reference(rows, dst_TK, None).to(x_TH.dtype)
     first_TH, *others = (each_TH for each_TH in (before_TH, summed, after_TH) if each_TH is not None)
     for other_TH in others:
         first_TH = first_TH + other_TH

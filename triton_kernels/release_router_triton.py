@@ -14,6 +14,7 @@ from torch import Tensor
 
 from farskip.triton_kernels.add_rms_norm_triton import backward_programs
 from farskip.triton_kernels.common_triton import (
+    columns,
     combine_rows,
     norm_row,
     norm_row_backward,
@@ -36,13 +37,13 @@ def load_routed(
     K: tl.constexpr,
     HAS_MAP: tl.constexpr,
     HAS_COMBINE: tl.constexpr,
-    dtype: tl.constexpr,
 ):
-    """The routed output of one token, rounded as `unpermute` would have stored it; K 0 without a map."""
+    """The routed output of one token, rounded as `unpermute` would have stored it, in the rows' dtype; K 0 without a
+    map."""
     if HAS_MAP:
         like = col.to(tl.float32)
         r = combine_rows(routed_ptr, dst_ptr, combine_ptr, token, None, col, mask, num_cols, K, HAS_COMBINE, like)
-        return rounded(r, dtype)
+        return rounded(r, routed_ptr.dtype.element_ty)
     return tl.load(routed_ptr + token * num_cols + col, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -69,10 +70,10 @@ def release_router_kernel(
     """x' = y + (r + s) and its norm, one row."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)
+    col = columns(routed_ptr, x_ptr, BLOCK)
     mask = col < num_cols
     at = token * num_cols + col
-    r = load_routed(routed_ptr, dst_ptr, combine_ptr, token, col, mask, num_cols, K, HAS_MAP, HAS_COMBINE, dtype)
+    r = load_routed(routed_ptr, dst_ptr, combine_ptr, token, col, mask, num_cols, K, HAS_MAP, HAS_COMBINE)
     if HAS_SHARED:
         r = rounded(r + tl.load(s_ptr + at, mask=mask, other=0.0).to(tl.float32), dtype)
     x = rounded(tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32) + r, dtype)
@@ -110,7 +111,10 @@ def release_router_backward_kernel(
     """Gradient of x' and a share of the weight's, a run of rows."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     program = tl.program_id(0)
-    col = tl.arange(0, BLOCK)
+    if HAS_ROWS:
+        col = columns(rows_ptr, x_ptr, BLOCK)
+    else:
+        col = tl.arange(0, BLOCK)
     mask = col < num_cols
     gain = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
     grad_gain = tl.zeros([BLOCK], tl.float32)
@@ -121,7 +125,7 @@ def release_router_backward_kernel(
         if HAS_BEFORE:
             grad = tl.load(before_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if HAS_ROWS:
-            rows = load_routed(rows_ptr, dst_ptr, None, token, col, mask, num_cols, K, HAS_MAP, False, dtype)
+            rows = load_routed(rows_ptr, dst_ptr, None, token, col, mask, num_cols, K, HAS_MAP, False)
             if HAS_BEFORE:
                 grad = rounded(grad + rows, dtype)
             else:

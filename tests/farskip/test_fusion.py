@@ -200,14 +200,14 @@ def test_a_dense_output_does_not_come_as_rows() -> None:
     assert [plan.fusions[(layer, "x")].by_use for layer in (1, 2)] == [True, True]
 
 
-def test_rows_of_another_dtype_or_in_pieces_are_merged_first() -> None:
-    """Under autocast they are bf16, and r + s is not to be rounded to it."""
+def test_wider_rows_and_rows_in_pieces_are_merged_first() -> None:
+    """Narrower ones, as under autocast, are widened where they join the stream."""
     wiring, mix = Wiring.named("farskip", NUM_LAYERS), (MOE_SHARED,) * NUM_LAYERS
     plan, x = plan_of(wiring, mix, ALL, (), NUM_LAYERS, as_rows=True), torch.ones(3)
     inputs = wiring.resolve(mix)
     residual = Residual(inputs, plan.uses, 0, 3, x, x, fixed_order=True, fusions=plan.fusions, kernels=Numbers())
     assert residual.takes_rows(0, [x]) and not residual.takes_rows(0, [x, x])
-    assert not residual.takes_rows(0, [x.bfloat16()])
+    assert residual.takes_rows(0, [x.bfloat16()]) and not residual.takes_rows(0, [x.double()])
     assert not residual.takes_rows(2, [x]), "what leaves a segment is a plain sum"
 
 

@@ -180,6 +180,11 @@ def test_in_bf16_too(ops: Counter[str]) -> None:
 
 @pytest.fixture
 def forms(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """See `count_forms`."""
+    return count_forms(monkeypatch)
+
+
+def count_forms(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often a routed output came as rows, and how often the gradient of rows came unsummed."""
     found: Counter[str] = Counter()
     real_routed, real_take = stream_kernels._routed, RowsGradient.take
@@ -267,13 +272,23 @@ def test_gradients_of_some_parameters_only(forms: Counter[str]) -> None:
     assert forms["unsummed"]
 
 
-def test_under_autocast_rows_are_merged_first(forms: Counter[str]) -> None:
-    """They are bf16 and the stream is fp32: r is rounded once, before it is widened."""
-    model = over_fake_link(rewire(tiny_model(**MODELS["deepseek_v3"]), "farskip"), "overlapped", chunks=1)
-    ids = token_ids(2, 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        next_token_loss(model(ids, use_cache=False).logits.float(), ids).backward()
-    assert not forms["rows"] + forms["unsummed"]
+@pytest.mark.parametrize("name", ["farskip", "ladder"])
+def test_under_autocast_rows_have_the_bits_of_merged_tokens(name: str) -> None:
+    """They are bf16 and the stream is fp32: a sum of rows is rounded to bf16 once, then widened, in both directions."""
+    ids, found = token_ids(2, 6), []
+    for mode, dense in (("serial", False), ("overlapped", False), ("overlapped", True)):
+        model = over_fake_link(rewire(tiny_model(**MODELS["deepseek_v3-no-dense"]), name), mode, chunks=1)
+        with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+            counted = count_forms(patch)
+            if dense:
+                merged_first(patch)
+            logits = model(ids, use_cache=False).logits
+            next_token_loss(logits.float(), ids).backward()
+        assert bool(counted["rows"]) == (not dense)
+        assert bool(counted["unsummed"]) == (not dense and (mode, name) != ("serial", "farskip"))
+        found.append({"logits": logits.detach(), **gradients(model)})
+    assert_equal_bits(found[1], found[0])
+    assert_equal_bits(found[2], found[0])
 
 
 def test_a_family_that_weighs_inputs_with_rows(forms: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,18 +66,27 @@ def test_under_autocast_rows_travel_in_its_dtype(weight_on: WeightOn) -> None:
     assert tokens_TD.grad is not None and tokens_TD.grad.dtype == torch.float32
 
 
-def test_rows_cast_before_the_copy_keep_their_gradient_with_autograd() -> None:
-    """What is copied has to be what was handed in. A weight on the input is multiplied, and cast, behind the copy."""
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_gradient_of_one_piece_goes_beside_autograd(chunks: int) -> None:
+    """In the dtype of the rows. A weight on the input is multiplied, and cast, behind the copy."""
     for weight_on, autocast in itertools.product(WeightOn, (False, True)):
-        gradient, dispatcher = RowsGradient(), AllToAllDispatcher(FakeLink(), EXPERTS)
+        gradient, dispatcher = RowsGradient(), AllToAllDispatcher(FakeLink(), EXPERTS, chunks)
         tokens_TD = torch.randn(TOKENS, WIDTH).requires_grad_()
         route = replace(routing(), weight_on=weight_on)
         route = replace(route, weights_TK=route.weights_TK.float())
+        seen: list[torch.Tensor] = []
+        made_TD = tokens_TD * 1
+        made_TD.register_hook(seen.append)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            [(rows_RD, _)] = dispatcher.prepare(tokens_TD.unsqueeze(0), route, gradient)
-        (rows_RD.float() * torch.arange(WIDTH)).sum().backward()
-        assert tokens_TD.grad is not None
-        if autocast and weight_on is WeightOn.OUTPUT:
-            assert tokens_TD.grad.isfinite().all() and gradient.take(tokens_TD.grad) is None
-        else:
-            assert tokens_TD.grad.isnan().all(), "the rows' gradient went beside autograd"
+            prepared = dispatcher.prepare(made_TD.unsqueeze(0), route, gradient)
+        sum((rows_RD.float() * torch.arange(WIDTH)).sum() for rows_RD, _ in prepared).backward()
+        (arrived,) = seen
+        taken = gradient.take(arrived)
+        if chunks > 1:
+            assert taken is None and arrived.isfinite().all()
+            continue
+        assert arrived.isnan().all() and arrived.dtype == torch.float32 and taken is not None
+        rows_RD, dst_TK = taken
+        cast = autocast and weight_on is WeightOn.OUTPUT
+        assert rows_RD.dtype == (torch.bfloat16 if cast else torch.float32)
+        assert torch.equal(dst_TK, prepared[0][1].dispatch.dst)

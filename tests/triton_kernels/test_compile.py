@@ -105,6 +105,16 @@ def norm_case(module: str, kernel: str, *names: str, **changes: Any) -> dict[str
     return case(module, kernel, NORM_FLAGS | changes, types, 8, enable_fp_fusion=False)
 
 
+def wide_stream(entry: dict[str, Any], *rows: str) -> dict[str, Any]:
+    """The same kernel with fp32 streams, as under autocast; `rows` that have a map keep their bf16."""
+    kept = rows if entry["constants"]["HAS_MAP"] else ()
+    types = {
+        name: "*fp32" if kind == "*bf16" and name.removesuffix("_ptr") not in kept else kind
+        for name, kind in entry["types"].items()
+    }
+    return entry | {"types": types}
+
+
 def route_case(**changes: Any) -> dict[str, Any]:
     types = dict(ROUTE_TYPES)
     if changes.get("HAS_AUX"):
@@ -214,9 +224,6 @@ CASES = {
     ),
 }
 
-SERVES_NARROW = {"route_sums", "count_slots", "place_slots"}
-"""Small kernels over integers, whose accesses need not be wide."""
-WIDE = set(CASES) - SERVES_NARROW
 NORMS = ("add_rms_norm", "release_attention", "release_router", "release_router_dense", "release_both")
 NORM_BACKWARDS = (
     "norm_backward",
@@ -224,6 +231,16 @@ NORM_BACKWARDS = (
     "release_router_backward_dense",
     "release_both_backward",
 )
+WIDE_NORMS, WIDE_NORM_BACKWARDS = (tuple(f"{name}_wide" for name in group) for group in (NORMS, NORM_BACKWARDS))
+CASES |= {f"{name}_wide": wide_stream(CASES[name], "routed", "rows") for name in NORMS + NORM_BACKWARDS}
+
+SERVES_NARROW = {"route_sums", "count_slots", "place_slots"}
+"""Small kernels over integers, whose accesses need not be wide."""
+WIDE = set(CASES) - SERVES_NARROW
+
+
+KNOWN_SPILLS = {("release_both_backward_wide", "sm_90"): 24}
+"""Bytes. Two norms of fp32 rows of 7168 at once, two accumulators among them: 24 with Triton 3.7; docs/kernels.md."""
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +261,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", list(CASES))
 def test_no_spill_and_no_atomics(figures: dict[str, Any], name: str, target: str) -> None:
-    assert figures[name][target]["spill"] == 0
+    assert figures[name][target]["spill"] <= KNOWN_SPILLS.get((name, target), 0)
     assert figures[name][target]["atomics"] == 0
 
 
@@ -262,7 +279,11 @@ def test_wide_accesses(figures: dict[str, Any], name: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("group", [NORMS, NORM_BACKWARDS], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "group",
+    [NORMS, NORM_BACKWARDS, WIDE_NORMS, WIDE_NORM_BACKWARDS],
+    ids=["forward", "backward", "forward wide", "backward wide"],
+)
 def test_fused_and_separate_norms_reduce_in_one_order(
     figures: dict[str, Any], group: tuple[str, ...], target: str
 ) -> None:

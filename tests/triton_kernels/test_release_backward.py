@@ -40,7 +40,9 @@ def map_of(num_tokens: int, top_k: int, num_experts: int, device: str) -> Dispat
     return dispatch_map(experts.to(device), num_experts, alignment=4)
 
 
-def make(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> tuple[dict[str, Tensor], DispatchMap]:
+def make(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, rows_dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], DispatchMap]:
     """x' with its 1/rms, the weight, all gradients, and the map."""
     num_tokens, top_k, num_experts, hidden = shape
     dispatch, like = map_of(num_tokens, top_k, num_experts, device), torch.empty(0, dtype=dtype, device=device)
@@ -48,7 +50,7 @@ def make(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> t
         name: random(num_tokens, hidden, seed=seed, like=like)
         for seed, name in enumerate(("x", "grad_x", "before", "after"))
     }
-    found["rows"] = random(len(dispatch.src), hidden, seed=8, like=like)
+    found["rows"] = random(len(dispatch.src), hidden, seed=8, like=like).to(rows_dtype or dtype)
     found["weight"] = 1 + random(hidden, seed=9, like=like) / 4
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     found["rstd"] = (found["x"].to(wide).square().mean(1) + EPS).rsqrt()
@@ -65,7 +67,7 @@ def chosen(
         name: found[name] if there else None
         for name, there in (("grad_x", with_x), ("before", with_before), ("after", with_after))
     }
-    summed = unpermute(found["rows"], dispatch, backend=backend)
+    summed = unpermute(found["rows"], dispatch, backend=backend).to(found["x"].dtype)
     arguments["rows"] = {"rows": found["rows"], "dense": summed, None: None}[rows]
     return arguments | ({"dispatch": dispatch} if rows == "rows" else {})
 
@@ -73,7 +75,7 @@ def chosen(
 def chain(arguments: dict[str, Any], unit_offset: bool, backend: str) -> tuple[Tensor, Tensor]:
     """One op after the other: what autograd runs without the op."""
     rows, dispatch = arguments["rows"], arguments.get("dispatch")
-    summed = rows if dispatch is None else unpermute(rows, dispatch, backend=backend)
+    summed = rows if dispatch is None else unpermute(rows, dispatch, backend=backend).to(arguments["x"].dtype)
     total = None
     for term in (arguments["before"], summed, arguments["after"]):
         if term is not None:
@@ -107,6 +109,19 @@ def test_the_op_has_the_bits_of_the_chain(
             assert value.dtype == want.dtype and torch.equal(value, want)
         again = release_router_backward(**arguments, unit_offset=unit_offset, backend=backend)
         assert torch.equal(again[0], got[0]) and torch.equal(again[1], got[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_narrower_rows_are_summed_in_their_dtype(backend: str, device: str) -> None:
+    """Under autocast the stream is fp32 and rows are bf16."""
+    found, dispatch = make(SHAPES[0], torch.float32, device, torch.bfloat16)
+    for terms in ((True, True, "rows", True), (False, False, "rows", False)):
+        arguments = chosen(terms, found, dispatch, backend)
+        got, expected = release_router_backward(**arguments, backend=backend), chain(arguments, False, backend)
+        assert got[0].dtype == torch.float32
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+        wide = release_router_backward(**(arguments | {"rows": found["rows"].float()}), backend=backend)
+        assert not torch.equal(got[0], wide[0]), "the rounding cannot be told"
 
 
 @pytest.mark.usefixtures("poison_empty")
@@ -229,7 +244,7 @@ def test_bad_input() -> None:
         ({"after": found["after"].bfloat16()}, r"after is torch\.bfloat16"),
         ({"dispatch": None}, r"rows is torch\.float32 .*, but x is"),
         ({"rows": found["rows"][1:]}, r"rows must be \[\d+, hidden\]"),
-        ({"rows": found["rows"].bfloat16()}, r"rows torch\.bfloat16 .* of 7 tokens do not fit x"),
+        ({"rows": found["rows"].double()}, r"rows torch\.float64 .* of 7 tokens do not fit x"),
         ({"rstd": found["rstd"][1:]}, r"rstd must be \[7\], one per row of x, got \[6\]"),
         ({"weight": found["weight"][1:]}, r"weight must be \[50\]"),
     ):
