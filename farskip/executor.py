@@ -214,7 +214,8 @@ class Executor:
         if known is not None and known[0] is schedule and known[1] == fusible:
             return known[2]
         landed = landed_layers(schedule.of_segment(segment))
-        plan = plan_fusions(self.inputs, self.uses, segment.start, segment.stop, fusible, landed)
+        as_rows = self.dispatcher is not None and self.dispatcher.chunks == 1
+        plan = plan_fusions(self.inputs, self.uses, segment.start, segment.stop, fusible, landed, as_rows=as_rows)
         self._fusion_plans[segment] = schedule, fusible, plan
         return plan
 
@@ -427,7 +428,7 @@ class _SegmentRun:
         if executor.dispatcher is None:
             rows, after = [for_rows_BSD], [Key(layer, EXPERTS)]
         else:
-            chunks = executor.dispatcher.prepare(for_rows_BSD, routing)
+            chunks = executor.dispatcher.prepare(for_rows_BSD, routing, self._residual.rows_gradient(layer, source))
             rows, self._plans[layer] = [chunk for chunk, _ in chunks], [plan for _, plan in chunks]
             after = [Key(layer, DISPATCH, chunk) for chunk in range(len(chunks))]
         *rows, weights_TK = self._mark_outputs(key, *rows, routing.weights_TK)
@@ -456,12 +457,18 @@ class _SegmentRun:
         ended()
 
     def _merge(self, key: Key) -> None:
-        assert self._executor.dispatcher is not None
-        plans = self._plans.pop(key.layer)
+        """Sum the returned rows; or hand them on to an op of the stream that sums them on the way, and do nothing."""
+        dispatcher = self._executor.dispatcher
+        assert dispatcher is not None
+        plans, routing = self._plans.pop(key.layer), self._routing.pop(key.layer)
         ended = self._begin(key)
         rows = self._mark_inputs(key, *(self._rows.pop(Key(key.layer, COMBINE, chunk)) for chunk in range(len(plans))))
-        output_TD = self._executor.dispatcher.merge(rows, self._routing.pop(key.layer), plans)
-        (output_BSD,) = self._mark_outputs(key, self._widened(output_TD))
+        if self._residual.takes_rows(key.layer, rows):
+            (rows_RD,) = self._mark_outputs(key, *rows)
+            ended()
+            self._residual.put_rows(key.layer, dispatcher.unmerged(rows_RD, routing, *plans))
+            return
+        (output_BSD,) = self._mark_outputs(key, self._widened(dispatcher.merge(rows, routing, plans)))
         ended()
         self._residual.put(key.layer, ROUTED, output_BSD)
 

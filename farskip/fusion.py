@@ -8,6 +8,9 @@
 The next attention reads n', which waits for no routed output; the next router reads x', which waits for r. So the two
 are two ops while r is in flight, and can be one where it is not. Their bits are the same.
 
+Rows that travel between ranks in one piece meet the ops at both ends: r may come as rows, which the op that adds it
+sums on the way; and where x' is normed for a router, the op takes the gradient of the rows that go out unsummed.
+
 Decided from wiring, segment and schedule, never from the order in which stages happen to run. A value that two norms
 read is formed with the first of them; the other one norms it afterwards. What enters a segment or leaves it is a plain
 tensor: norms of what enters stand alone, and so do sums that leave.
@@ -19,7 +22,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from farskip.instruction import Do, Instruction
-from farskip.residual import ADD_N, ADD_X, ADD_Y, MLP_NORM, Fusion, Uses, Value, normed_value, partial_base
+from farskip.residual import ADD_N, ADD_X, ADD_Y, MLP_NORM, ROWS, Fusion, Uses, Value, normed_value, partial_base
 from farskip.stage import Norm
 from farskip.stage_graph import ATTENTION_IN, EXPERTS, MERGE, NORM, Key
 from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, LayerInputs, Source
@@ -45,6 +48,8 @@ def plan_fusions(
     stop: int,
     fusible: Collection[Norm],
     landed: Collection[int],
+    *,
+    as_rows: bool = False,
 ) -> FusionPlan:
     """Choose the ops of the layers start..stop-1.
 
@@ -55,11 +60,13 @@ def plan_fusions(
         stop: one past the last layer.
         fusible: the norms that ops can take over.
         landed: see `landed_layers`.
+        as_rows: whether rows travel between ranks, those of a layer in one piece.
     """
     fusions: dict[Value, Fusion] = {}
     inside: set[tuple[Value, str]] = set()
     for layer in range(start, stop):
-        for fusion, taken_in in _fusions_behind(inputs, uses, layer, fusible, layer + 1 == stop, layer in landed):
+        leaves = layer + 1 == stop
+        for fusion, taken_in in _fusions_behind(inputs, uses, layer, fusible, leaves, layer in landed, as_rows):
             fusions |= dict.fromkeys(fusion.makes, fusion)
             inside |= taken_in
     left = {value: tuple(use for use in found if (value, use) not in inside) for value, found in uses.items()}
@@ -84,7 +91,13 @@ def landed_layers(steps: Sequence[Instruction]) -> frozenset[int]:
 
 
 def _fusions_behind(
-    inputs: Sequence[LayerInputs], uses: Uses, layer: int, fusible: Collection[Norm], leaves: bool, landed: bool
+    inputs: Sequence[LayerInputs],
+    uses: Uses,
+    layer: int,
+    fusible: Collection[Norm],
+    leaves: bool,
+    landed: bool,
+    as_rows: bool,
 ) -> Iterator[tuple[Fusion, set[tuple[Value, str]]]]:
     """The ops that form y of this layer, and x and n of the next one unless they leave; each with the uses inside."""
     blocks, after = inputs[layer].blocks, layer + 1
@@ -102,13 +115,15 @@ def _fusions_behind(
     y_is_read = MLP_NORM in uses[y]
     sum_y = ((x, ADD_Y), (attention, ADD_X))
     sum_x = ((Value(layer, MLP if MLP in blocks else ROUTED), ADD_X), *([(shared, ADD_X)] if SHARED in blocks else []))
+    r_as_rows = as_rows and ROUTED in blocks
 
     if of_n and base == "y+s" and not y_is_read and uses[next_n] == (ATTENTION,):
         inside, normed_n = {(y, ADD_N), (next_n, of_n.name)}, normed_value(of_n, next_n)
         if of_x and landed:
             inside |= {(y, ADD_X), (shared, ADD_N), (next_x, of_x.name)}
             normed_x = normed_value(of_x, next_x)
-            yield Fusion("release_both", (*sum_y, *sum_x), (next_x, normed_n, normed_x), (of_n, of_x)), inside
+            makes = (next_x, normed_n, normed_x)
+            yield Fusion("release_both", (*sum_y, *sum_x), makes, (of_n, of_x), as_rows=r_as_rows), inside
             return
         yield Fusion("release_attention", (*sum_y, (shared, ADD_N)), (y, normed_n), (of_n,)), inside
     else:
@@ -122,4 +137,14 @@ def _fusions_behind(
             yield Fusion("add_norm", sum_n, (next_n, normed_value(of_n, next_n)), (of_n,)), {(next_n, of_n.name)}
     if of_x:
         normed_x = normed_value(of_x, next_x)
-        yield Fusion("release_router", ((y, ADD_X), *sum_x), (next_x, normed_x), (of_x,)), {(next_x, of_x.name)}
+        yield (
+            Fusion(
+                "release_router",
+                ((y, ADD_X), *sum_x),
+                (next_x, normed_x),
+                (of_x,),
+                as_rows=r_as_rows,
+                by_use=as_rows and ROWS in uses[normed_x],
+            ),
+            {(next_x, of_x.name)},
+        )

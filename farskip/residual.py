@@ -8,21 +8,22 @@
 A sum is formed when it is first read; where kernels are at hand, in one op with the norm that reads it, as a plan says
 (`farskip.fusion`). Each value is handed out as one alias per use, so that in backward the gradients of its uses are
 added in program order whatever order the stages ran in (`farskip.async_autograd.fan_out`). An op adds the gradient that
-comes through its norm last.
+comes through its norm last; one that hands out its norm by use adds the gradients of the uses itself, in that order.
 
 Source: the bracketing is that of ordinary models and of Instella-MoE (arXiv 2609.00791).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from farskip.async_autograd import fan_out
 from farskip.chain import MLP_NORM as MLP_NORM
-from farskip.stage import Norm, StreamKernels
+from farskip.rows_gradient import RowsGradient
+from farskip.stage import Norm, RoutedRows, StreamKernels
 from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, LayerInputs, Source
 
 GATE, ROWS = "gate", "rows"
@@ -49,12 +50,17 @@ class Fusion:
         takes: the values that it adds up, each with the use that this is; in the op's order.
         makes: what it returns: one sum, and a normed value per norm.
         norms: the norms.
+        as_rows: whether the routed output that it adds may come as rows.
+        by_use: whether it hands out its norm itself, one alias per use, and takes the gradient of the rows that are
+            copied from it unsummed (`farskip.rows_gradient`).
     """
 
     op: str
     takes: tuple[tuple[Value, str], ...]
     makes: tuple[Value, ...]
     norms: tuple[Norm, ...]
+    as_rows: bool = False
+    by_use: bool = False
 
 
 _NO_FUSIONS: Mapping[Value, Fusion] = MappingProxyType({})
@@ -113,6 +119,23 @@ def partial_base(blocks: tuple[str, ...], left_out: tuple[str, ...]) -> str:
     return "y+s" if SHARED in blocks and SHARED not in left_out else "y"
 
 
+def _marked(mark: Mark, terms: Sequence[torch.Tensor | RoutedRows]) -> list[Any]:
+    """The same terms behind one mark. Of a routed output in rows: the rows, and the weights, which are read here."""
+    tensors: list[torch.Tensor] = []
+    for term in terms:
+        if isinstance(term, RoutedRows):
+            tensors += [term.rows_RD] if term.weights_TK is None else [term.rows_RD, term.weights_TK]
+        else:
+            tensors.append(term)
+    marked = iter(mark(*tensors))
+    return [
+        replace(term, rows_RD=next(marked), weights_TK=None if term.weights_TK is None else next(marked))
+        if isinstance(term, RoutedRows)
+        else next(marked)
+        for term in terms
+    ]
+
+
 class Residual:
     """The streams of one run through the layers start..stop-1.
 
@@ -148,7 +171,8 @@ class Residual:
         self._fusions = fusions
         self._kernels = kernels
         self._dtype = x_BSD.dtype
-        self._aliases: dict[Value, dict[str, torch.Tensor]] = {}
+        self._aliases: dict[Value, dict[str, Any]] = {}
+        self._rows_gradients: dict[Value, RowsGradient] = {}
         self._offer(Value(start, Source.FULL), x_BSD)
         if inputs[start].left_out:
             self._offer(Value(start, Source.PARTIAL), n_BSD)
@@ -172,6 +196,18 @@ class Residual:
         """Hand over the output of a sub-block. Where there are ops it takes the stream's dtype here, once, before its
         uses part: under autocast it has another one, and which op or plain add reads it must not change a bit."""
         self._offer(Value(layer, block), output_BSD if self._kernels is None else output_BSD.to(self._dtype))
+
+    def takes_rows(self, layer: int, rows: Sequence[torch.Tensor]) -> bool:
+        """Whether `put_rows` takes the routed output of a layer: an op adds it, and it is one piece whose dtype is the
+        stream's or a narrower one, in which it is rounded as if it was merged."""
+        fusion = self._fusions.get(Value(layer + 1, Source.FULL))
+        if fusion is None or not fusion.as_rows or len(rows) > 1:
+            return False
+        return torch.promote_types(rows[0].dtype, self._dtype) == self._dtype
+
+    def put_rows(self, layer: int, routed: RoutedRows) -> None:
+        """Hand over a routed output as rows."""
+        self._aliases[Value(layer, ROUTED)] = {ADD_X: routed}
 
     def form_normed(self, layer: int, which: str, mark: Mark) -> bool:
         """Form a normed value together with its sum, if there is an op for that.
@@ -198,6 +234,10 @@ class Residual:
         """The alias of a normed value for one use."""
         return self._take(Value(layer, _NORMED + which), use)
 
+    def rows_gradient(self, layer: int, which: str) -> RowsGradient | None:
+        """Where the gradient of rows that are copied from a normed value can be laid aside; once per value."""
+        return self._rows_gradients.pop(Value(layer, _NORMED + which), None)
+
     def leave(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Both streams behind the last layer; the same tensor twice where nothing is left out there."""
         full = self._take(Value(self._stop, Source.FULL), _OUT)
@@ -212,7 +252,7 @@ class Residual:
         else:
             self._aliases[value] = dict.fromkeys(uses, tensor)
 
-    def _take(self, value: Value, use: str) -> torch.Tensor:
+    def _take(self, value: Value, use: str) -> Any:
         if value not in self._aliases:
             if value in self._fusions:
                 self._run(self._fusions[value], _unmarked)
@@ -222,10 +262,19 @@ class Residual:
 
     def _run(self, fusion: Fusion, mark: Mark) -> None:
         """Form values by an op."""
-        terms = mark(*(self._take(value, use) for value, use in fusion.takes))
-        made = getattr(self._kernels, fusion.op)(fusion.norms, *terms)
-        for value, tensor in zip(fusion.makes, made, strict=True):
-            self._offer(value, tensor)
+        terms = _marked(mark, [self._take(value, use) for value, use in fusion.takes])
+        if not fusion.by_use:
+            made = getattr(self._kernels, fusion.op)(fusion.norms, *terms)
+            for value, tensor in zip(fusion.makes, made, strict=True):
+                self._offer(value, tensor)
+            return
+        assert self._kernels is not None
+        (stream, normed), (norm,) = fusion.makes, fusion.norms
+        uses, gradient = self._uses[normed], RowsGradient()
+        stream_BSD, *aliases = self._kernels.release_router_by_use((norm,), len(uses), gradient, *terms)
+        self._offer(stream, stream_BSD)
+        self._aliases[normed] = dict(zip(uses, aliases, strict=True))
+        self._rows_gradients[normed] = gradient
 
     def _form(self, value: Value) -> torch.Tensor:
         """The bracketing, where no op forms the value. With the ops, whose bracketing is the same, the only place where

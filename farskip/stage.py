@@ -15,6 +15,7 @@ import torch
 
 from farskip.async_autograd import Collective
 from farskip.pending import Pending
+from farskip.rows_gradient import RowsGradient
 from farskip.wiring import LayerBlocks
 
 Seam = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -45,6 +46,21 @@ class Routing:
     weight_on: WeightOn = WeightOn.OUTPUT
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutedRows:
+    """A routed output that is not summed per token yet: what `Dispatcher.merge` would make it of.
+
+    Attributes:
+        rows_RD: the rows as they came back.
+        dispatch: the dispatcher's map from tokens to rows; only dispatcher and kernels look into it.
+        weights_TK: what each row is multiplied with; None for a plain sum.
+    """
+
+    rows_RD: torch.Tensor
+    dispatch: object
+    weights_TK: torch.Tensor | None
+
+
 class Norm(NamedTuple):
     """One norm of a layer: that of attention, or the one in front of MLP, router, shared and routed experts.
 
@@ -63,7 +79,8 @@ class StreamKernels(Protocol):
     Each takes the norms first, then the terms, all [B, S, D] of one dtype, and returns the sum and its normed forms. It
     rounds every sum to that dtype, in the bracketing of `farskip.residual`; `release_both` equals `release_attention`
     and `release_router` in every bit. Names: x, y, n of a layer are streams, a, s, r outputs of its sub-blocks, x', n'
-    streams of the next layer.
+    streams of the next layer. r may come as rows, of that dtype or a narrower one: they are summed on the way, in the
+    bits of `Dispatcher.merge`.
     """
 
     def run_on(self, stream_BSD: torch.Tensor) -> bool:
@@ -87,9 +104,24 @@ class StreamKernels(Protocol):
         ...
 
     def release_router(
-        self, norms: tuple[Norm], y_BSD: torch.Tensor, r_BSD: torch.Tensor, s_BSD: torch.Tensor | None = None
+        self, norms: tuple[Norm], y_BSD: torch.Tensor, r: torch.Tensor | RoutedRows, s_BSD: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x' = y + (r + s), or y + r, and its norm."""
+        ...
+
+    def release_router_by_use(
+        self,
+        norms: tuple[Norm],
+        num_uses: int,
+        gradient: RowsGradient,
+        y_BSD: torch.Tensor,
+        r: torch.Tensor | RoutedRows,
+        s_BSD: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The same, and the norm as one alias per use: for the router, for the rows, and for what else there is.
+
+        The gradients of the aliases are added in this order; that of the second comes from `gradient` if it is there.
+        """
         ...
 
     def release_both(
@@ -97,7 +129,7 @@ class StreamKernels(Protocol):
         norms: tuple[Norm, Norm],
         x_BSD: torch.Tensor,
         a_BSD: torch.Tensor,
-        r_BSD: torch.Tensor,
+        r: torch.Tensor | RoutedRows,
         s_BSD: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x' = (x + a) + (r + s), the norm of n' = (x + a) + s, and that of x'."""
@@ -166,12 +198,22 @@ class Dispatcher(Protocol):
 
     chunks: int
 
-    def prepare(self, normed_BSD: torch.Tensor, routing: Routing) -> "Sequence[tuple[torch.Tensor, DispatchPlan]]":
-        """Per chunk: rows in the order of their experts [R, D], and the plan. May exchange split sizes."""
+    def prepare(
+        self, normed_BSD: torch.Tensor, routing: Routing, gradient: RowsGradient | None = None
+    ) -> Sequence[tuple[torch.Tensor, DispatchPlan]]:
+        """Per chunk: rows in the order of their experts [R, D], and the plan. May exchange split sizes.
+
+        Whoever made `normed_BSD` takes the gradient of the rows copied from it unsummed, if it is laid aside in
+        `gradient`: possible where there is one copy, of the tokens as they are.
+        """
         ...
 
     def merge(self, rows: Sequence[torch.Tensor], routing: Routing, plans: Sequence[DispatchPlan]) -> torch.Tensor:
         """Sum of the returned rows per token [T, D], weighted here unless the inputs already were."""
+        ...
+
+    def unmerged(self, rows_RD: torch.Tensor, routing: Routing, plan: DispatchPlan) -> RoutedRows:
+        """What `merge` sums, not summed: of the only chunk."""
         ...
 
 

@@ -11,7 +11,7 @@ Per layer, in program order:
     experts          the routed experts (without expert parallelism -> r)
     combine          collective: rows back to the ranks they came from
     shared           shared expert -> s
-    merge            weighted sum of the returned rows -> r
+    merge            weighted sum of the returned rows -> r; nothing where the op that adds r sums them on the way
 
 The adds of the residual stream are no stages: they are done when their sum is first read (`farskip.residual`).
 

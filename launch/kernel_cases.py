@@ -21,7 +21,7 @@ from farskip.triton_kernels.grouped_mm import grouped_mm
 from farskip.triton_kernels.permute import permute
 from farskip.triton_kernels.release_attention import release_attention
 from farskip.triton_kernels.release_both import release_both
-from farskip.triton_kernels.release_router import release_router
+from farskip.triton_kernels.release_router import release_router, release_router_backward
 from farskip.triton_kernels.route import route
 from farskip.triton_kernels.swiglu import swiglu
 from farskip.triton_kernels.unpermute import unpermute
@@ -218,6 +218,19 @@ def build_cases(shape: ModelShape, num_tokens: int, device: str, with_liger: boo
             backward_bytes=4 * stream + rows + row,
         ),
         KernelCase(
+            op="release_router_backward",
+            inputs=lambda: [
+                *(random(T, H), random(T, H), random(T * K, H), random(T, H)),
+                *(*normed_once(random(T, H)), random(H)),
+            ],
+            variants={
+                "farskip": partial(release_router_backward, dispatch=dispatch),
+                "eager": partial(eager_release_backward, dispatch=dispatch),
+            },
+            forward_bytes=5 * stream + rows + row,
+            backward_bytes=0,
+        ),
+        KernelCase(
             op="release_both",
             inputs=lambda: [*streams(3), expert_rows(), gain(), gain()],
             variants={
@@ -305,6 +318,30 @@ def eager_swiglu(h: Tensor) -> Tensor:
 def eager_add_norm(x: Tensor, a: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
     """Add, then torch's norm."""
     return _normed(x + a, gain)
+
+
+def normed_once(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A stream that a norm has read, and 1/rms of its rows."""
+    return x, (x.float().square().mean(1) + EPS).rsqrt()
+
+
+def eager_release_backward(
+    grad: Tensor,
+    gate: Tensor,
+    rows: Tensor,
+    shared: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    gain: Tensor,
+    *,
+    dispatch: DispatchMap,
+) -> tuple[Tensor, ...]:
+    """What follows the update, backwards: rows summed per token, the readers' gradients added, norm, residual."""
+    total = (gate + rows[dispatch.dst.long()].float().sum(1).to(x.dtype) + shared).float()
+    unit = x.float() * rstd[:, None]
+    scaled = total * gain.float()
+    through = rstd[:, None] * (scaled - unit * (scaled * unit).mean(1, keepdim=True))
+    return grad + through.to(x.dtype), (total * unit.to(x.dtype).float()).sum(0).to(gain.dtype)
 
 
 def eager_both(x: Tensor, a: Tensor, s: Tensor, r: Tensor, gain_n: Tensor, gain_x: Tensor) -> tuple[Tensor, ...]:

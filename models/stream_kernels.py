@@ -18,12 +18,15 @@ import torch
 
 from farskip.models.hf_layer import HFSubBlocks
 from farskip.models.norm_rule import NormRule, norm_rule, why_called
-from farskip.stage import Norm
+from farskip.rows_gradient import RowsGradient
+from farskip.stage import Norm, RoutedRows
 from farskip.triton_kernels.add_rms_norm import add_rms_norm
 from farskip.triton_kernels.backend import choose_backend
+from farskip.triton_kernels.dispatch_map import DispatchMap
 from farskip.triton_kernels.release_attention import release_attention
 from farskip.triton_kernels.release_both import release_both
 from farskip.triton_kernels.release_router import release_router
+from farskip.triton_kernels.release_router_by_use import release_router_by_use
 
 
 def stream_backend(setting: str, tensor: torch.Tensor) -> str | None:
@@ -83,30 +86,55 @@ class HFStreamKernels:
         return release_attention(x_BSD, a_BSD, s_BSD, rule.weight, rule.eps, **self._how(rule, x_BSD))
 
     def release_router(
-        self, norms: tuple[Norm], y_BSD: torch.Tensor, r_BSD: torch.Tensor, s_BSD: torch.Tensor | None = None
+        self, norms: tuple[Norm], y_BSD: torch.Tensor, r: torch.Tensor | RoutedRows, s_BSD: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `StreamKernels.release_router`."""
-        (rule,) = self._rules(norms)
-        return release_router(y_BSD, s_BSD, r_BSD, rule.weight, rule.eps, **self._how(rule, y_BSD))
+        (rule,), (routed, summed) = self._rules(norms), _routed(r)
+        return release_router(y_BSD, s_BSD, routed, rule.weight, rule.eps, **summed, **self._how(rule, y_BSD))
+
+    def release_router_by_use(
+        self,
+        norms: tuple[Norm],
+        num_uses: int,
+        gradient: RowsGradient,
+        y_BSD: torch.Tensor,
+        r: torch.Tensor | RoutedRows,
+        s_BSD: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """See `StreamKernels.release_router_by_use`."""
+        (rule,), (routed, summed) = self._rules(norms), _routed(r)
+        how = self._how(rule, y_BSD)
+        return release_router_by_use(
+            y_BSD, s_BSD, routed, rule.weight, rule.eps, num_uses, gradient.take, **summed, **how
+        )
 
     def release_both(
         self,
         norms: tuple[Norm, Norm],
         x_BSD: torch.Tensor,
         a_BSD: torch.Tensor,
-        r_BSD: torch.Tensor,
+        r: torch.Tensor | RoutedRows,
         s_BSD: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `StreamKernels.release_both`. The op takes one eps: where there are two, the two updates run instead."""
         of_n, of_x = self._rules(norms)
         if (of_n.eps, of_n.unit_offset) != (of_x.eps, of_x.unit_offset):
             y_BSD, normed_n_BSD = self.release_attention(norms[:1], x_BSD, a_BSD, s_BSD)
-            x_BSD, normed_x_BSD = self.release_router(norms[1:], y_BSD, r_BSD, s_BSD)
+            x_BSD, normed_x_BSD = self.release_router(norms[1:], y_BSD, r, s_BSD)
             return x_BSD, normed_n_BSD, normed_x_BSD
-        return release_both(x_BSD, a_BSD, s_BSD, r_BSD, of_n.weight, of_x.weight, of_n.eps, **self._how(of_n, x_BSD))
+        (routed, summed), how = _routed(r), self._how(of_n, x_BSD)
+        return release_both(x_BSD, a_BSD, s_BSD, routed, of_n.weight, of_x.weight, of_n.eps, **summed, **how)
 
     def _rules(self, norms: Sequence[Norm]) -> list[NormRule]:
         return [norm_rule(self._sub_blocks[norm.layer].norms[norm.name]) for norm in norms]
 
     def _how(self, rule: NormRule, stream_BSD: torch.Tensor) -> dict[str, Any]:
         return {"unit_offset": rule.unit_offset, "backend": stream_backend(self._setting, stream_BSD)}
+
+
+def _routed(r: torch.Tensor | RoutedRows) -> tuple[torch.Tensor, dict[str, Any]]:
+    """What an op takes as the routed output, and how it is summed."""
+    if not isinstance(r, RoutedRows):
+        return r, {}
+    assert isinstance(r.dispatch, DispatchMap), "the dispatcher's map is not one of our kernels'"
+    return r.rows_RD, {"dispatch": r.dispatch, "combine_weights": r.weights_TK}

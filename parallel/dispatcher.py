@@ -18,13 +18,15 @@ Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E ex
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from farskip.parallel.collectives import AllToAll, Link
 from farskip.parallel.degrees import check_experts
 from farskip.rows import even_sizes, product_dtype
-from farskip.stage import DispatchPlan, Routing, WeightOn
+from farskip.rows_gradient import RowsGradient
+from farskip.stage import DispatchPlan, RoutedRows, Routing, WeightOn
 from farskip.triton_kernels.backend import choose_backend
 from farskip.triton_kernels.dispatch_map import DispatchMap, dispatch_map
 from farskip.triton_kernels.permute import permute, permute_weights
@@ -88,12 +90,15 @@ class AllToAllDispatcher:
         self._dropped, self._num_slots = None, 0
         return dropped, num_slots
 
-    def prepare(self, normed_BSD: torch.Tensor, routing: Routing) -> list[tuple[torch.Tensor, RowsPlan]]:
+    def prepare(
+        self, normed_BSD: torch.Tensor, routing: Routing, gradient: RowsGradient | None = None
+    ) -> list[tuple[torch.Tensor, RowsPlan]]:
         """Bring the rows of every chunk into the order of their experts, and settle who gets how many.
 
         Args:
             normed_BSD: the tokens.
             routing: where each of them goes.
+            gradient: where the rows' gradient is laid aside, if they are one copy of the tokens.
 
         Returns:
             Per chunk: rows in the order of their experts, and the plan. [T*K, D], or [E * capacity, D].
@@ -102,8 +107,6 @@ class AllToAllDispatcher:
         integers. The rows are copied while the counts travel.
         """
         tokens_TD = normed_BSD.reshape(-1, normed_BSD.shape[-1])
-        if routing.weight_on is WeightOn.OUTPUT:  # a weight on the input is multiplied with it first
-            tokens_TD = tokens_TD.to(product_dtype(tokens_TD))
         sizes = even_sizes(tokens_TD.shape[0], self.chunks)
         num_experts = self.num_local_experts * self.link.size
         maps = [
@@ -111,13 +114,13 @@ class AllToAllDispatcher:
             for experts_TK in routing.experts_TK.split(sizes)
         ]
         if self.capacity is not None:
-            rows = self._permute([self._padded(one) for one in maps], tokens_TD, routing, sizes)
+            rows = self._permute([self._padded(one) for one in maps], tokens_TD, routing, sizes, gradient)
             return [(chunk_RD, self._fixed_plan(one)) for chunk_RD, one in rows]
         # counts of all chunks at once, [W, C * E / W]: as row r, those of the experts on rank r
         sent_CWE = torch.stack([one.counts for one in maps]).view(self.chunks, self.link.size, -1).long()
         sent_W = sent_CWE.transpose(0, 1).reshape(self.link.size, -1).contiguous()
         pending = self.link.exchange_counts(sent_W)
-        rows = self._permute(maps, tokens_TD, routing, sizes)
+        rows = self._permute(maps, tokens_TD, routing, sizes, gradient)
         received_CWE = pending.wait().view(self.link.size, self.chunks, -1).transpose(0, 1)
         input_splits, output_splits = sent_CWE.sum(2).tolist(), received_CWE.sum(2).tolist()
         return [
@@ -145,20 +148,47 @@ class AllToAllDispatcher:
             first = stop
         return merged[0] if len(merged) == 1 else torch.cat(merged)
 
+    def unmerged(self, rows_RD: torch.Tensor, routing: Routing, plan: DispatchPlan) -> RoutedRows:
+        """What `merge` makes its sum of, where there is one chunk.
+
+        Args:
+            rows_RD: in the order they were sent.
+            routing: the weights.
+            plan: what `prepare` returned.
+        """
+        assert isinstance(plan, RowsPlan)
+        weights_TK = routing.weights_TK if routing.weight_on is WeightOn.OUTPUT else None
+        return RoutedRows(rows_RD=rows_RD, dispatch=plan.dispatch, weights_TK=weights_TK)
+
     def _permute(
-        self, maps: Sequence[DispatchMap], tokens_TD: torch.Tensor, routing: Routing, sizes: list[int]
+        self,
+        maps: Sequence[DispatchMap],
+        tokens_TD: torch.Tensor,
+        routing: Routing,
+        sizes: list[int],
+        gradient: RowsGradient | None,
     ) -> list[tuple[torch.Tensor, DispatchMap]]:
         """Per chunk the rows to send, and the map that placed them."""
         found = []
-        chunks = zip(maps, tokens_TD.split(sizes), routing.weights_TK.split(sizes), strict=True)
-        for dispatch, chunk_TD, weights_TK in chunks:
-            rows_RD = permute(chunk_TD, dispatch, backend=self.backend)
+        # A weight on the input is multiplied with it before it is rounded.
+        dtype = product_dtype(tokens_TD) if routing.weight_on is WeightOn.OUTPUT else tokens_TD.dtype
+        # One part is not split: the gradient of a split is another copy.
+        parts = [tokens_TD] if len(sizes) == 1 else tokens_TD.split(sizes)
+        for dispatch, chunk_TD, weights_TK in zip(maps, parts, routing.weights_TK.split(sizes), strict=True):
+            copy = partial(self._copied, dispatch=dispatch, dtype=dtype)
+            if gradient is None or len(sizes) > 1:
+                rows_RD = copy(chunk_TD)
+            else:
+                rows_RD = gradient.copied(copy, chunk_TD, dispatch.dst)
             if routing.weight_on is WeightOn.INPUT:
                 weights_R = permute_weights(weights_TK, dispatch, backend=self.backend)
                 rows_RD = rows_RD * weights_R.to(rows_RD.dtype).unsqueeze(1)
                 rows_RD = rows_RD.to(product_dtype(rows_RD))
             found.append((rows_RD, dispatch))
         return found
+
+    def _copied(self, tokens_TD: torch.Tensor, dispatch: DispatchMap, dtype: torch.dtype) -> torch.Tensor:
+        return permute(tokens_TD.to(dtype), dispatch, backend=self.backend)
 
     def _exact_plan(
         self, dispatch: DispatchMap, received_WE: torch.Tensor, input_splits: list[int], output_splits: list[int]

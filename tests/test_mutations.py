@@ -57,6 +57,7 @@ ASYNC = "farskip/test_async_autograd.py"
 EXECUTOR = "farskip/test_executor.py"
 RESIDUAL = "farskip/test_residual.py"
 FUSION = "farskip/test_fusion.py"
+ROWS_GRADIENT = "farskip/test_rows_gradient.py"
 STREAM_KERNELS = "models/test_stream_kernels.py"
 SCHEDULE = "farskip/test_schedule.py"
 BALANCE = "farskip/test_balance.py"
@@ -91,6 +92,7 @@ def placements(wiring: int, chunks: int = 1) -> Catch:
 
 
 ORDINARY_WIRING, FARSKIP_WIRING = 0, 1
+ROWS_GRID = Catch(EXECUTOR, "test_rows_have_the_bits_of_merged_tokens", (FARSKIP_WIRING, False))
 RECORDED = Catch(
     EXECUTOR, "test_recomputation_repeats_the_forward_list_and_keeps_the_backward_list", (1, "overlapped", 2)
 )
@@ -349,6 +351,97 @@ MUTATIONS = [
         "self._run(fusion, mark)",
         "self._run(fusion, lambda *terms: terms)",
         Catch(FUSION, "test_no_alias_of_the_steady_state_is_left_over"),
+    ),
+    Mutation(
+        "wider rows are not merged first",
+        _CORE + "residual:Residual.takes_rows",
+        "torch.promote_types(rows[0].dtype, self._dtype) == self._dtype",
+        "True",
+        Catch(FUSION, "test_wider_rows_and_rows_in_pieces_are_merged_first"),
+    ),
+    Mutation(
+        "rows in pieces are not merged first",
+        _CORE + "residual:Residual.takes_rows",
+        "len(rows) > 1",
+        "False",
+        Catch(FUSION, "test_wider_rows_and_rows_in_pieces_are_merged_first"),
+    ),
+    Mutation(
+        "routed rows are summed without their weights",
+        _PARALLEL + "dispatcher:AllToAllDispatcher.unmerged",
+        "routing.weights_TK if",
+        "None if",
+        ROWS_GRID,
+    ),
+    Mutation(
+        "the weights of routed rows are not left through",
+        _CORE + "residual:_marked",
+        "[term.rows_RD] if term.weights_TK is None else [term.rows_RD, term.weights_TK]",
+        "[term.rows_RD, *([] if term.weights_TK is None else [term.weights_TK.detach()])]",
+        ROWS_GRID,
+    ),
+    Mutation(
+        "the gradient of rows is added behind the shared expert's",
+        _KERNELS + "release_router_reference:release_router_backward_reference",
+        "(before_TH, summed, after_TH)",
+        "(before_TH, after_TH, summed)",
+        ROWS_GRID,
+    ),
+    Mutation(
+        "the gradient of rows is forgotten",
+        _KERNELS + "release_router_reference:release_router_backward_reference",
+        "(before_TH, summed, after_TH)",
+        "(before_TH, after_TH)",
+        ROWS_GRID,
+    ),
+    Mutation(
+        "the gradient of rows in pieces is laid aside",
+        _PARALLEL + "dispatcher:AllToAllDispatcher._permute",
+        "if gradient is None or len(sizes) > 1:",
+        "if gradient is None:",
+        Catch("parallel/test_weight_on_input.py", "test_the_gradient_of_one_piece_goes_beside_autograd", (2,)),
+    ),
+    Mutation(
+        "rows are widened before they are summed",
+        _KERNELS + "release_router_reference:release_router_reference",
+        "unpermute_reference(routed, dst_TK, combine_TK)",
+        "unpermute_reference(routed.to(y_TH.dtype), dst_TK, combine_TK)",
+        Catch(STREAM_KERNELS, "test_under_autocast_rows_have_the_bits_of_merged_tokens", ("farskip",)),
+    ),
+    Mutation(
+        "the gradient of rows is widened before it is summed",
+        _KERNELS + "release_router_reference:release_router_backward_reference",
+        "unpermute_reference(rows, dst_TK, None)",
+        "unpermute_reference(rows.to(x_TH.dtype), dst_TK, None)",
+        Catch(STREAM_KERNELS, "test_under_autocast_rows_have_the_bits_of_merged_tokens", ("farskip",)),
+    ),
+    Mutation(
+        "a second reader of what is copied to rows is lost",
+        _CORE + "rows_gradient:RowsGradient.take",
+        "if arrived.data_ptr() != placeholder.data_ptr():",
+        "if False:",
+        Catch(ROWS_GRADIENT, "test_a_second_reader_is_refused"),
+    ),
+    Mutation(
+        "the gradient of rows is taken twice",
+        _CORE + "rows_gradient:RowsGradient.take",
+        "self._laid_aside = None",
+        "pass",
+        Catch(ROWS_GRADIENT, "test_rows_arrive_unsummed_behind_a_placeholder"),
+    ),
+    Mutation(
+        "the gradient of rows is laid aside twice",
+        _CORE + "rows_gradient:RowsGradient._lay_aside",
+        "self._laid_aside is None",
+        "True",
+        Catch(ROWS_GRADIENT, "test_two_copies_of_one_tensor_are_refused"),
+    ),
+    Mutation(
+        "the placeholder for rows is zero, not NaN",
+        _CORE + "rows_gradient:_Copy.backward",
+        'float("nan")',
+        "0.0",
+        Catch(ROWS_GRADIENT, "test_rows_arrive_unsummed_behind_a_placeholder"),
     ),
     Mutation(
         "a hook on a norm is not called",

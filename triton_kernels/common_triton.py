@@ -120,6 +120,19 @@ def combine_rows(
 
 
 @triton.jit
+def columns(rows_ptr, stream_ptr, BLOCK: tl.constexpr):
+    """Columns of a kernel that holds a row of the stream whole and reads rows that may be narrower.
+
+    Left alone, narrow rows would be read more columns at a time, and the whole row laid out by that: another order of
+    its reduction, hence other bits than in the kernels that read no rows.
+    """
+    col = tl.arange(0, BLOCK)
+    if rows_ptr.dtype.element_ty.primitive_bitwidth < stream_ptr.dtype.element_ty.primitive_bitwidth:
+        col = tl.max_contiguous(col, 128 // stream_ptr.dtype.element_ty.primitive_bitwidth)
+    return col
+
+
+@triton.jit
 def zero_padding_rows(
     rows_ptr, src_ptr, first_row, num_rows, num_cols, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr
 ):

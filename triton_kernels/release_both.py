@@ -167,6 +167,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _x, _a, _s, routed, dst, src, combine, weight_n, weight_x, _eps, ctx.unit_offset, _keep, ctx.backend = inputs
     full, _u, _v, n, rstd_n, rstd_x = output
     kept = routed if combine is not None and ctx.needs_input_grad[6] else None
+    ctx.rows_dtype = routed.dtype
     ctx.save_for_backward(full, n, rstd_x, rstd_n, weight_x, weight_n, kept, dst, src, combine)
     ctx.mark_non_differentiable(n, rstd_n, rstd_x)
 
@@ -175,7 +176,7 @@ def _backward(ctx: Any, grad_full: Tensor, grad_u: Tensor, grad_v: Tensor, *_res
     *saved, routed, dst, src, combine = ctx.saved_tensors
     grads = (grad_full.contiguous(), grad_u.contiguous(), grad_v.contiguous())
     late, prompt, grad_weight_x, grad_weight_n = _release_both_backward(*grads, *saved, ctx.unit_offset, ctx.backend)
-    grad_routed, grad_combine = routed_gradients(late, routed, dst, src, combine, ctx.backend)
+    grad_routed, grad_combine = routed_gradients(late, routed, dst, src, combine, ctx.rows_dtype, ctx.backend)
     return prompt, prompt, prompt, grad_routed, None, None, grad_combine, grad_weight_n, grad_weight_x, *[None] * 4
 
 

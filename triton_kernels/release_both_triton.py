@@ -11,6 +11,7 @@ from torch import Tensor
 
 from farskip.triton_kernels.add_rms_norm_triton import backward_programs
 from farskip.triton_kernels.common_triton import (
+    columns,
     norm_row,
     norm_row_backward,
     on_device,
@@ -49,7 +50,7 @@ def release_both_kernel(
     """n' = (x + a) + s, x' = (x + a) + (r + s) and both norms, one row."""
     dtype: tl.constexpr = full_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)
+    col = columns(routed_ptr, full_ptr, BLOCK)
     mask = col < num_cols
     at = token * num_cols + col
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -62,7 +63,7 @@ def release_both_kernel(
     tl.store(u_ptr + at, to_storage(u, dtype), mask=mask)
     if KEEP:
         tl.store(n_ptr + at, to_storage(n, dtype), mask=mask)
-    r = load_routed(routed_ptr, dst_ptr, combine_ptr, token, col, mask, num_cols, K, HAS_MAP, HAS_COMBINE, dtype)
+    r = load_routed(routed_ptr, dst_ptr, combine_ptr, token, col, mask, num_cols, K, HAS_MAP, HAS_COMBINE)
     full = rounded(y + rounded(r + s, dtype), dtype)
     gain = tl.load(weight_x_ptr + col, mask=mask, other=0.0).to(tl.float32)
     v, rstd_x = norm_row(full, gain, num_cols, eps, UNIT_OFFSET, dtype)

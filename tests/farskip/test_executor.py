@@ -3,23 +3,26 @@
 import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from farskip.executor import Executor
+from farskip.fusion import FusionPlan
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.testing_links import Delay, FakeLink, at_wait, random_delay
 from farskip.recorder import Recorder
 from farskip.residual import MLP_NORM
 from farskip.schedule import Do, Instruction, Segment, build_schedule, even_segments
 from farskip.simulator import placements
-from farskip.stage import Norm, Routing, Seam
+from farskip.stage import Norm, RoutedRows, Routing, Seam, WeightOn
 from farskip.triton_kernels.add_rms_norm import add_rms_norm
 from farskip.triton_kernels.release_attention import release_attention
 from farskip.triton_kernels.release_both import release_both
 from farskip.triton_kernels.release_router import release_router
+from farskip.triton_kernels.release_router_by_use import release_router_by_use
 from farskip.wiring import ATTENTION, DENSE, MOE, MOE_SHARED, LayerBlocks, LayerWiring, Wiring
 
 NAMES = ("ordinary", "farskip", "attn_only", "parallel", "ladder")
@@ -111,10 +114,38 @@ class ToyKernels:
         return release_attention(*terms, *self.weights("release_attention", norms), EPS)
 
     def release_router(self, norms: Any, y: Any, r: Any, s: Any = None) -> Any:
-        return release_router(y, s, r, *self.weights("release_router", norms), EPS)
+        routed, how = self.routed(r)
+        return release_router(y, s, routed, *self.weights("release_router", norms), EPS, **how)
+
+    def release_router_by_use(self, norms: Any, num_uses: int, gradient: Any, y: Any, r: Any, s: Any = None) -> Any:
+        (routed, how), (weight,) = self.routed(r), self.weights("release_router", norms)
+        self.ops["by_use"] += 1
+
+        def take(arrived: torch.Tensor) -> Any:
+            taken = gradient.take(arrived)
+            self.ops["unsummed"] += taken is not None
+            return taken
+
+        return release_router_by_use(y, s, routed, weight, EPS, num_uses, take, **how)
 
     def release_both(self, norms: Any, x: Any, a: Any, r: Any, s: Any) -> Any:
-        return release_both(x, a, s, r, *self.weights("release_both", norms), EPS)
+        routed, how = self.routed(r)
+        return release_both(x, a, s, routed, *self.weights("release_both", norms), EPS, **how)
+
+    def routed(self, r: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        if not isinstance(r, RoutedRows):
+            return r, {}
+        self.ops["rows"] += 1
+        return r.rows_RD, {"dispatch": r.dispatch, "combine_weights": r.weights_TK}
+
+
+def without(plan: FusionPlan, as_rows: bool, by_use: bool) -> FusionPlan:
+    """The plan, with ops that take rows only as far as they are asked to."""
+    changed = {
+        value: replace(fusion, as_rows=fusion.as_rows and as_rows, by_use=fusion.by_use and by_use)
+        for value, fusion in plan.fusions.items()
+    }
+    return FusionPlan(plan.uses, changed)
 
 
 class Run:
@@ -135,12 +166,20 @@ class Run:
         observe: bool = True,
         kernels: bool = False,
         called: Collection[Norm] = (),
+        as_rows: bool = True,
+        by_use: bool = True,
+        capacity: int | None = None,
+        weight_on: WeightOn = WeightOn.OUTPUT,
     ) -> None:
         layers = [ToyBlocks(blocks, seed) for seed, blocks in enumerate(mix)]
         self.kernels = ToyKernels(layers, called)
         self.link, self.recorder = FakeLink(delay), Recorder()
-        dispatcher = AllToAllDispatcher(self.link, EXPERTS, chunks) if expert_parallel else None
+        dispatcher = AllToAllDispatcher(self.link, EXPERTS, chunks, capacity=capacity) if expert_parallel else None
         executor = Executor(layers, wiring, dispatcher=dispatcher, mode=mode)
+        executor.routing_hook = lambda _, routing, __: replace(routing, weight_on=weight_on)
+        if not (as_rows and by_use):
+            planned = executor._fusion_plan
+            executor._fusion_plan = lambda *a: without(planned(*a), as_rows, by_use)  # type: ignore[method-assign]
         executor.stream_kernels = self.kernels if kernels else None
         if observe:
             executor.observers.append(self.recorder)
@@ -254,11 +293,69 @@ def test_which_ops_run() -> None:
         "ordinary": Run(Wiring.named("ordinary", 4), "overlapped", **moe).kernels.ops,
     }
     assert ops == {
-        "overlapped": {"release_attention": 3, "release_router": 3},
-        "serial": {"release_both": 3},
+        "overlapped": {"release_attention": 3, "release_router": 3, "by_use": 3, "rows": 3, "unsummed": 3},
+        "serial": {"release_both": 3, "rows": 3},
         "local": {"release_both": 3},
-        "ordinary": {"add_norm": 4, "release_router": 3},
+        "ordinary": {"add_norm": 4, "release_router": 3, "rows": 3},
     }
+
+
+REFERENCE_FORMS = [(False, False), (True, False), (False, True)]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("wiring", WIRINGS, ids=str)
+def test_rows_have_the_bits_of_merged_tokens(wiring: Wiring, recompute: bool) -> None:
+    """Rows that come into the update, the gradient of rows that go out of it, and both, against neither."""
+    settings: dict[str, Any] = {"kernels": True, "recompute": recompute}
+    for mode in ("serial", "overlapped"):
+        rows = Run(wiring, mode, **settings)
+        for as_rows, by_use in REFERENCE_FORMS:
+            other = Run(wiring, mode, as_rows=as_rows, by_use=by_use, **settings)
+            rows.assert_equal_bits(other)
+            assert as_rows or not other.kernels.ops["rows"]
+            assert by_use or (not other.kernels.ops["by_use"] and not other.kernels.ops["unsummed"])
+
+
+def test_rows_that_were_dropped() -> None:
+    """With a capacity tokens lack rows, and rows have no token."""
+    settings: dict[str, Any] = {"mix": (MOE_SHARED,) * 4, "kernels": True, "capacity": 1}
+    rows = Run(Wiring.named("farskip", 4), "overlapped", **settings)
+    assert rows.kernels.ops["rows"] == rows.kernels.ops["unsummed"] == 3
+    rows.assert_equal_bits(Run(Wiring.named("farskip", 4), "serial", **settings))
+    rows.assert_equal_bits(Run(Wiring.named("farskip", 4), "overlapped", as_rows=False, by_use=False, **settings))
+    full = Run(Wiring.named("farskip", 4), "overlapped", mix=(MOE_SHARED,) * 4, kernels=True)
+    assert not torch.equal(full.tensors["output"], rows.tensors["output"]), "nothing was dropped"
+
+
+def test_rows_whose_weight_is_on_the_input() -> None:
+    """They are weighted behind the copy, and come back without weights."""
+    settings: dict[str, Any] = {"mix": (MOE_SHARED,) * 4, "kernels": True, "weight_on": WeightOn.INPUT}
+    rows = Run(Wiring.named("farskip", 4), "overlapped", **settings)
+    assert rows.kernels.ops["rows"] == rows.kernels.ops["unsummed"] == 3
+    rows.assert_equal_bits(Run(Wiring.named("farskip", 4), "serial", **settings))
+    rows.assert_equal_bits(Run(Wiring.named("farskip", 4), "overlapped", as_rows=False, by_use=False, **settings))
+
+
+def test_chunks_are_merged() -> None:
+    """Each has a map of its own."""
+    ops = Run(Wiring.named("farskip", 4), "overlapped", mix=(MOE_SHARED,) * 4, kernels=True, chunks=2).kernels.ops
+    assert ops == {"release_attention": 3, "release_router": 3}
+
+
+def test_merge_does_nothing_where_rows_go_on() -> None:
+    """Its place in the schedule stays; the copies it made are not made there."""
+    merged: list[int] = []
+    for as_rows in (True, False):
+        layers = [ToyBlocks(MOE_SHARED, seed) for seed in range(4)]
+        dispatcher = AllToAllDispatcher(FakeLink(), EXPERTS)
+        real = dispatcher.merge
+        dispatcher.merge = lambda *a, real=real: (merged.append(1), real(*a))[1]  # type: ignore[method-assign]
+        executor = Executor(layers, Wiring.named("farskip", 4), dispatcher=dispatcher)
+        executor.stream_kernels = ToyKernels(layers) if as_rows else None
+        x = torch.randn(2, 3, WIDTH)
+        executor.run_segment(executor.schedule(), Segment(0, 4), x, x, [{}] * 4)
+        assert len(merged) == (1 if as_rows else 5), "what leaves a segment is a plain sum"
 
 
 @pytest.mark.parametrize("mode", ["serial", "overlapped"])

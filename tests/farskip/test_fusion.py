@@ -10,9 +10,9 @@ import torch
 
 from farskip.fusion import FusionPlan, landed_layers, plan_fusions
 from farskip.instruction import Do, Instruction
-from farskip.residual import GATE, MLP_NORM, ROWS, Residual, stream_uses
+from farskip.residual import GATE, MLP_NORM, ROWS, Residual, Value, stream_uses
 from farskip.schedule import build_schedule
-from farskip.stage import Norm
+from farskip.stage import Norm, RoutedRows
 from farskip.stage_graph import Key, build_stage_graph
 from farskip.wiring import (
     ATTENTION,
@@ -64,11 +64,20 @@ class Numbers:
         return x + a, normed(norms[0], (x + a) + s)
 
     def release_router(self, norms: Any, y: Any, r: Any, s: Any = None) -> Any:
+        r = summed(r)
         return (full := y + (r if s is None else r + s)), normed(norms[0], full)
+
+    def release_router_by_use(self, norms: Any, num_uses: int, gradient: Any, *terms: Any) -> Any:
+        full, of_full = self.release_router(norms, *terms)
+        return full, *(of_full.view_as(of_full) for _ in range(num_uses))
 
     def release_both(self, norms: Any, x: Any, a: Any, r: Any, s: Any) -> Any:
         y, u = self.release_attention(norms[:1], x, a, s)
-        return (full := y + (r + s)), u, normed(norms[1], full)
+        return (full := y + (summed(r) + s)), u, normed(norms[1], full)
+
+
+def summed(r: Any) -> Any:
+    return r.rows_RD * r.weights_TK if isinstance(r, RoutedRows) else r
 
 
 def normed(norm: Norm, stream: torch.Tensor) -> torch.Tensor:
@@ -76,10 +85,21 @@ def normed(norm: Norm, stream: torch.Tensor) -> torch.Tensor:
 
 
 def plan_of(
-    wiring: Wiring, mix: Sequence[LayerBlocks], fusible: Collection[Norm], landed: Collection[int], stop: int
+    wiring: Wiring,
+    mix: Sequence[LayerBlocks],
+    fusible: Collection[Norm],
+    landed: Collection[int],
+    stop: int,
+    as_rows: bool = False,
 ) -> FusionPlan:
     inputs = wiring.resolve(mix)
-    return plan_fusions(inputs, stream_uses(inputs), 0, stop, fusible, landed)
+    return plan_fusions(inputs, stream_uses(inputs), 0, stop, fusible, landed, as_rows=as_rows)
+
+
+def by_use(plan: FusionPlan, norm: Norm, which: str) -> bool:
+    """Whether the op of a normed value hands it out by use."""
+    fusion = plan.fusions.get(Value(norm.layer, "normed_" + which))
+    return fusion is not None and fusion.by_use
 
 
 def drive(wiring: Wiring, mix: Sequence[LayerBlocks], plan: FusionPlan, stop: int) -> dict[str, torch.Tensor]:
@@ -98,10 +118,17 @@ def drive(wiring: Wiring, mix: Sequence[LayerBlocks], plan: FusionPlan, stop: in
                     stream = residual.read(layer, source, norm, mark)
                     residual.put_normed(layer, which, normed(Norm(layer, norm), stream))
                 assert len(marked) == 1, "a stage is left once, through what it took in"
+            if block == ROUTED:
+                given = [residual.rows_gradient(layer, which) is not None for _ in range(2)]
+                assert given == [by_use(plan, Norm(layer, norm), which), False], "once per value"
             for use in {ROUTED: (GATE, ROWS)}.get(block, (block,)):
                 seen[f"{use}.{layer}"] = residual.read_normed(layer, which, use)
             made = {ATTENTION: 0.25, MLP: 3e7, SHARED: -1e8, ROUTED: 1e8}[block] * (layer + 1)
-            residual.put(layer, block, torch.full((3,), made))
+            output, half = torch.full((3,), made), torch.full((3,), 0.5)
+            if block == ROUTED and residual.takes_rows(layer, [output]):
+                residual.put_rows(layer, RoutedRows(rows_RD=output * 2, dispatch=None, weights_TK=half))
+            else:
+                residual.put(layer, block, output)
     seen["x.out"], seen["n.out"] = residual.leave()
     assert not {value: list(left) for value, left in residual._aliases.items() if left}
     return seen
@@ -113,8 +140,8 @@ def drive(wiring: Wiring, mix: Sequence[LayerBlocks], plan: FusionPlan, stop: in
 def test_the_ops_make_what_plain_adds_and_norms_make(wiring: Wiring, mix: Sequence[LayerBlocks], stop: int) -> None:
     """In bits, for sums that depend on the bracketing; and every alias is used."""
     plain = drive(wiring, mix, plan_of(wiring, mix, (), (), stop), stop)
-    for fusible, landed in itertools.product((ALL, SOME), ((), range(NUM_LAYERS))):
-        plan = plan_of(wiring, mix, fusible, landed, stop)
+    for fusible, landed, as_rows in itertools.product((ALL, SOME), ((), range(NUM_LAYERS)), (False, True)):
+        plan = plan_of(wiring, mix, fusible, landed, stop, as_rows)
         fused = drive(wiring, mix, plan, stop)
         assert fused.keys() == plain.keys()
         for name, value in plain.items():
@@ -147,6 +174,41 @@ def test_which_op_forms_what(name: str) -> None:
     for layer in range(NUM_LAYERS - 1):
         found = {key: ops.get((layer + (key != "y"), key)) for key in ("y", "n", "x")}
         assert found == TABLE[name]
+
+
+@pytest.mark.parametrize("landed", [(), range(NUM_LAYERS)], ids=["in flight", "landed"])
+@pytest.mark.parametrize("name", TABLE)
+def test_what_meets_rows(name: str, landed: Collection[int]) -> None:
+    """Routed outputs come as rows to the op that adds them, where one does. Rows go out from a norm whose op knows;
+    under ordinary and parallel attention reads that norm, the router another one."""
+    mix = (MOE_SHARED,) * NUM_LAYERS
+    plan = plan_of(Wiring.named(name, NUM_LAYERS), mix, ALL, landed, NUM_LAYERS, as_rows=True)
+    into = [plan.fusions[(layer, "x")].as_rows if (layer, "x") in plan.fusions else None for layer in (1, 2)]
+    assert into == ([None, None] if name == "attn_only" else [True, True])
+    ops = {id(fusion): fusion for fusion in plan.fusions.values()}.values()
+    by_use = {"ladder": 2, "farskip": 0 if landed else 2}.get(name, 0)
+    assert sum(fusion.by_use for fusion in ops) == by_use
+    for fusion in ops:
+        assert fusion.as_rows == ((fusion.makes[0].layer - 1, ROUTED) in [value for value, _ in fusion.takes])
+    plain = plan_of(Wiring.named(name, NUM_LAYERS), mix, ALL, landed, NUM_LAYERS)
+    assert not any(fusion.as_rows or fusion.by_use for fusion in plain.fusions.values())
+
+
+def test_a_dense_output_does_not_come_as_rows() -> None:
+    plan = plan_of(Wiring.named("ladder", NUM_LAYERS), (DENSE, MOE_SHARED, MOE), ALL, (), NUM_LAYERS, as_rows=True)
+    assert [plan.fusions[(layer, "x")].as_rows for layer in (1, 2)] == [False, True]
+    assert [plan.fusions[(layer, "x")].by_use for layer in (1, 2)] == [True, True]
+
+
+def test_wider_rows_and_rows_in_pieces_are_merged_first() -> None:
+    """Narrower ones, as under autocast, are widened where they join the stream."""
+    wiring, mix = Wiring.named("farskip", NUM_LAYERS), (MOE_SHARED,) * NUM_LAYERS
+    plan, x = plan_of(wiring, mix, ALL, (), NUM_LAYERS, as_rows=True), torch.ones(3)
+    inputs = wiring.resolve(mix)
+    residual = Residual(inputs, plan.uses, 0, 3, x, x, fixed_order=True, fusions=plan.fusions, kernels=Numbers())
+    assert residual.takes_rows(0, [x]) and not residual.takes_rows(0, [x, x])
+    assert residual.takes_rows(0, [x.bfloat16()]) and not residual.takes_rows(0, [x.double()])
+    assert not residual.takes_rows(2, [x]), "what leaves a segment is a plain sum"
 
 
 def test_both_streams_are_updated_at_once_where_nothing_is_in_flight() -> None:

@@ -144,20 +144,23 @@ def random_times(seed: int) -> StageTimes:
     return StageTimes(forward={stage: draw.uniform(0.0, 3.0) for stage in StageTimes().forward})
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
+@pytest.mark.parametrize(
+    ("kernels", "chunks"), [(False, 2), (True, 2), (True, 1)], ids=["plain", "kernels", "kernels-rows"]
+)
 @pytest.mark.parametrize("wiring", ["farskip", "ladder", "shared_reads_all"])
-def test_no_list_and_no_delay_changes_a_bit(wiring: str, kernels: bool) -> None:
+def test_no_list_and_no_delay_changes_a_bit(wiring: str, kernels: bool, chunks: int) -> None:
     """Lists for stages and links of any speed, over links that are early, late or in between."""
-    expected, lists = Run(wiring, "mixed", "serial", expert_parallel=True, kernels=kernels), set()
+    chosen: dict[str, Any] = {"expert_parallel": True, "kernels": kernels, "chunks": chunks}
+    expected, lists = Run(wiring, "mixed", "serial", **chosen), set()
     delays = itertools.cycle([lambda: 0, random_delay(0), at_wait, random_delay(1)])
     for seed, delay in zip(range(8), delays, strict=False):
         times = random_times(seed)
-        settings: dict[str, Any] = {"times": times, "delay": delay, "kernels": kernels}
-        run = Run(wiring, "mixed", "overlapped", expert_parallel=True, **settings)
+        run = Run(wiring, "mixed", "overlapped", times=times, delay=delay, **chosen)
         run.assert_equal_bits(expected)
         run.recorder.check(run.schedule)
         lists.add(run.schedule.forward)
-    assert len(lists) > 2, "the lists are too much alike"
+    assert len(lists) > min(chunks, 2), "the lists are too much alike"
+    assert bool(expected.kernels.ops["rows"]) == (kernels and chunks == 1)
 
 
 @pytest.mark.parametrize("mode", ["serial", "overlapped"])

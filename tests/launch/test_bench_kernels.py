@@ -69,6 +69,7 @@ def test_floors() -> None:
     tiny = {case.op: case for case in build_cases(small(MODELS[0]), 24, "cpu", with_liger=False)}
     unit = 2 * 24 * SMALL["hidden"]
     units = {"permute": 1 + K, "unpermute": 1 + K, "release_attention": 5, "release_router": 4 + K}
+    units["release_router_backward"] = 5 + K
     for op, count in units.items():
         assert tiny[op].forward_bytes == pytest.approx(count * unit, abs=2 * SMALL["hidden"])
     case = KernelCase(op="x", inputs=list, variants={}, forward_bytes=2 * T * H * (K + 1), backward_bytes=0)

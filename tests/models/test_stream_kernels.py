@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+import farskip.executor as executor_module
 from farskip.chain import MLP_NORM
 from farskip.executor import Executor
+from farskip.fusion import plan_fusions
 from farskip.models import norm_rule as rules
 from farskip.models import stream_kernels
 from farskip.models.attach import attach, attachment_of, layers_of
@@ -21,6 +23,8 @@ from farskip.models.testing_families import CASES, build
 from farskip.models.testing_models import gradients, next_token_loss, run_backward, tiny_model, token_ids
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.testing_links import FakeLink
+from farskip.rows_gradient import RowsGradient
+from farskip.stage import RoutedRows
 from farskip.testing import assert_close, assert_equal_bits, load_beside
 from farskip.triton_kernels.add_rms_norm import rms_norm
 from farskip.wiring import ATTENTION, LayerWiring, Wiring
@@ -39,7 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 NAMES = ("ordinary", "farskip", "attn_only", "parallel", "ladder")
 SC_MOE = Wiring((LayerWiring(routed=("attention",)),) * 4)
-OPS = ("add_rms_norm", "release_attention", "release_router", "release_both")
+OPS = ("add_rms_norm", "release_attention", "release_router", "release_router_by_use", "release_both")
 
 
 @pytest.fixture
@@ -127,10 +131,13 @@ def test_every_family_computes_what_it_computes_without(case: str, ops: Counter[
     assert_close(found, expected_gradients, **GRADIENTS)
 
 
-def over_fake_link(model: Any, mode: str, *, recompute: int = 0, setting: str = "reference") -> Any:
+def over_fake_link(
+    model: Any, mode: str, *, recompute: int = 0, setting: str = "reference", chunks: int = 2, **of_dispatch: Any
+) -> Any:
     family = family_of_model(model)
     blocks = [family.sub_blocks(layer) for layer in layers_of(model)]
-    executor = Executor(blocks, wiring_of(model), dispatcher=AllToAllDispatcher(FakeLink(), 8, 2), mode=mode)
+    dispatcher = AllToAllDispatcher(FakeLink(), 8, chunks, **of_dispatch)
+    executor = Executor(blocks, wiring_of(model), dispatcher=dispatcher, mode=mode)
     attachment = attach(model, executor)
     if recompute:
         attachment.checkpoint_layers = recompute
@@ -171,17 +178,155 @@ def test_in_bf16_too(ops: Counter[str]) -> None:
     assert_equal_bits(overlapped, serial)
 
 
+@pytest.fixture
+def forms(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """See `count_forms`."""
+    return count_forms(monkeypatch)
+
+
+def count_forms(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a routed output came as rows, and how often the gradient of rows came unsummed."""
+    found: Counter[str] = Counter()
+    real_routed, real_take = stream_kernels._routed, RowsGradient.take
+
+    def routed(r: Any) -> Any:
+        found["rows"] += isinstance(r, RoutedRows)
+        return real_routed(r)
+
+    def take(self: RowsGradient, arrived: torch.Tensor) -> Any:
+        taken = real_take(self, arrived)
+        found["unsummed"] += taken is not None
+        return taken
+
+    monkeypatch.setattr(stream_kernels, "_routed", routed)
+    monkeypatch.setattr(RowsGradient, "take", take)
+    return found
+
+
+def merged_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on no op takes rows."""
+    monkeypatch.setattr(executor_module, "plan_fusions", lambda *a, as_rows, **k: plan_fusions(*a, **k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("recompute", "capacity"), [(0, None), (2, 2)])
+@pytest.mark.parametrize("name", ["farskip", "ladder", "ordinary"])
+@pytest.mark.parametrize("model", ["qwen3_moe", "deepseek_v3-no-dense"])
+def test_rows_have_the_bits_of_merged_tokens(
+    model: str,
+    name: str,
+    recompute: int,
+    capacity: int | None,
+    dtype: torch.dtype,
+    forms: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Serial, overlapped, and both again with routed outputs that are merged before an op takes them."""
+
+    def found() -> list[dict[str, torch.Tensor]]:
+        make = lambda: rewire(tiny_model(**MODELS[model]).to(dtype), name)  # noqa: E731
+        ids = token_ids(2, 6)
+        return serial_and_overlapped(make, ids, recompute=recompute, chunks=1, capacity=capacity)
+
+    serial, overlapped = found()
+    assert forms["rows"] and (bool(forms["unsummed"]) == (name != "ordinary"))
+    assert_equal_bits(overlapped, serial)
+    forms.clear()
+    merged_first(monkeypatch)
+    for dense in found():
+        assert_equal_bits(overlapped, dense)
+    assert not forms["rows"] + forms["unsummed"]
+
+
+def test_frozen_norms_and_routers_with_rows(forms: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of norms, routers and experts wants no gradient."""
+    for frozen in ("layernorm", ".gate.", ".experts.", "embed_tokens"):
+        found = []
+        for mode, dense in (("serial", False), ("overlapped", False), ("overlapped", True)):
+            model = over_fake_link(rewire(tiny_model(**MODELS["deepseek_v3"]), "farskip"), mode, chunks=1)
+            for parameter_name, parameter in model.named_parameters():
+                parameter.requires_grad_(frozen not in parameter_name)
+            with monkeypatch.context() as patch:
+                if dense:
+                    merged_first(patch)
+                logits, grads = run_backward(model, token_ids(2, 6), use_cache=False)
+            assert grads and not any(frozen in parameter_name for parameter_name in grads)
+            found.append({"logits": logits, **grads})
+        assert_equal_bits(found[1], found[0])
+        assert_equal_bits(found[2], found[0])
+    assert forms["rows"] and forms["unsummed"]
+
+
+def test_gradients_of_some_parameters_only(forms: Counter[str]) -> None:
+    """Backward stops early, at one layer's router or experts, and may be repeated."""
+    model = over_fake_link(rewire(tiny_model(**MODELS["deepseek_v3"]), "farskip"), "overlapped", chunks=1)
+    ids = token_ids(2, 6)
+    _, expected = run_backward(model, ids, use_cache=False)
+    parameters = dict(model.named_parameters())
+    loss = next_token_loss(model(ids, use_cache=False).logits, ids)
+    for part in ("layers.2.mlp.gate", "layers.2.mlp.experts", "layers.2.input_layernorm", "embed_tokens"):
+        names = [each for each in expected if part in each]
+        assert names
+        grads = torch.autograd.grad(loss, [parameters[each] for each in names], retain_graph=True)
+        assert_equal_bits(dict(zip(names, grads, strict=True)), {each: expected[each] for each in names})
+    assert forms["unsummed"]
+
+
+@pytest.mark.parametrize("name", ["farskip", "ladder"])
+def test_under_autocast_rows_have_the_bits_of_merged_tokens(name: str) -> None:
+    """They are bf16 and the stream is fp32: a sum of rows is rounded to bf16 once, then widened, in both directions."""
+    ids, found = token_ids(2, 6), []
+    for mode, dense in (("serial", False), ("overlapped", False), ("overlapped", True)):
+        model = over_fake_link(rewire(tiny_model(**MODELS["deepseek_v3-no-dense"]), name), mode, chunks=1)
+        with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+            counted = count_forms(patch)
+            if dense:
+                merged_first(patch)
+            logits = model(ids, use_cache=False).logits
+            next_token_loss(logits.float(), ids).backward()
+        assert bool(counted["rows"]) == (not dense)
+        assert bool(counted["unsummed"]) == (not dense and (mode, name) != ("serial", "farskip"))
+        found.append({"logits": logits.detach(), **gradients(model)})
+    assert_equal_bits(found[1], found[0])
+    assert_equal_bits(found[2], found[0])
+
+
+def test_a_family_that_weighs_inputs_with_rows(forms: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama-4: rows are weighted behind the copy and come back without weights."""
+    found = []
+    for dense in (False, True):
+        if dense:
+            merged_first(monkeypatch)
+        for mode in ("serial", "overlapped"):
+            model = rewire(build(CASES["llama4_text-all-moe-two-experts-tied"]), "farskip")
+            family = family_of_model(model)
+            blocks = [family.sub_blocks(layer) for layer in layers_of(model)]
+            (num_experts,) = {int(block.experts.num_experts) for block in blocks if block.experts is not None}
+            dispatcher = AllToAllDispatcher(FakeLink(), num_experts)
+            attach(model, Executor(blocks, wiring_of(model), dispatcher=dispatcher, mode=mode))
+            use_kernels(model, "reference")
+            logits, grads = run_backward(model, token_ids(2, 6), use_cache=False)
+            found.append({"logits": logits, **grads})
+        assert bool(forms["rows"]) == bool(forms["unsummed"]) == (not dense)
+        forms.clear()
+    for other in found[1:]:
+        assert_equal_bits(other, found[0])
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_serial_and_overlapped_are_equal_in_bits_on_a_gpu(name: str, ops: Counter[str]) -> None:
-    """As `auto` runs it, compiled."""
-    serial, overlapped = serial_and_overlapped(
-        lambda: rewire(tiny_model(**MODELS["deepseek_v3-no-dense"]).to("cuda", torch.bfloat16), name),
-        token_ids(2, 6).cuda(),
-        setting="auto",
-    )
+def test_serial_and_overlapped_are_equal_in_bits_on_a_gpu(
+    name: str, chunks: int, ops: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `auto` runs it, compiled; with one chunk rows against merged tokens too."""
+    make = lambda: rewire(tiny_model(**MODELS["deepseek_v3-no-dense"]).to("cuda", torch.bfloat16), name)  # noqa: E731
+    serial, overlapped = serial_and_overlapped(make, token_ids(2, 6).cuda(), setting="auto", chunks=chunks)
     assert ops
     assert_equal_bits(overlapped, serial)
+    merged_first(monkeypatch)
+    for dense in serial_and_overlapped(make, token_ids(2, 6).cuda(), setting="auto", chunks=chunks):
+        assert_equal_bits(dense, serial)
 
 
 def test_under_autocast(ops: Counter[str]) -> None:

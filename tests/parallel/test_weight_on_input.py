@@ -1,5 +1,6 @@
 """Dispatch of a family that weighs its experts' inputs: the weight meets the row before it leaves, once."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.testing_links import FakeLink
+from farskip.rows_gradient import RowsGradient
 from farskip.stage import Routing, WeightOn
 
 TOKENS, EXPERTS, WIDTH = 7, 4, 3
@@ -62,3 +64,29 @@ def test_under_autocast_rows_travel_in_its_dtype(weight_on: WeightOn) -> None:
     assert torch.equal(rows_RD, exact_RD.bfloat16())
     rows_RD.float().sum().backward()
     assert tokens_TD.grad is not None and tokens_TD.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_gradient_of_one_piece_goes_beside_autograd(chunks: int) -> None:
+    """In the dtype of the rows. A weight on the input is multiplied, and cast, behind the copy."""
+    for weight_on, autocast in itertools.product(WeightOn, (False, True)):
+        gradient, dispatcher = RowsGradient(), AllToAllDispatcher(FakeLink(), EXPERTS, chunks)
+        tokens_TD = torch.randn(TOKENS, WIDTH).requires_grad_()
+        route = replace(routing(), weight_on=weight_on)
+        route = replace(route, weights_TK=route.weights_TK.float())
+        seen: list[torch.Tensor] = []
+        made_TD = tokens_TD * 1
+        made_TD.register_hook(seen.append)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            prepared = dispatcher.prepare(made_TD.unsqueeze(0), route, gradient)
+        sum((rows_RD.float() * torch.arange(WIDTH)).sum() for rows_RD, _ in prepared).backward()
+        (arrived,) = seen
+        taken = gradient.take(arrived)
+        if chunks > 1:
+            assert taken is None and arrived.isfinite().all()
+            continue
+        assert arrived.isnan().all() and arrived.dtype == torch.float32 and taken is not None
+        rows_RD, dst_TK = taken
+        cast = autocast and weight_on is WeightOn.OUTPUT
+        assert rows_RD.dtype == (torch.bfloat16 if cast else torch.float32)
+        assert torch.equal(dst_TK, prepared[0][1].dispatch.dst)

@@ -67,6 +67,7 @@ SIZES = dict.fromkeys(("num_tokens", "num_rows", "num_cols:16", "num_token_progr
 COPY_TYPES = {"dst_ptr": "*i32", "src_ptr": "*i32", "weights_ptr": "*fp32"} | SIZES
 NORM_FLAGS = {"UNIT_OFFSET": False, "KEEP": True, "BLOCK": 8192, "K": 8}
 NORM_FLAGS |= dict.fromkeys(("HAS_ADD", "STORE_Z", "HAS_STREAM", "HAS_SHARED", "HAS_MAP", "HAS_COMBINE"), True)
+NORM_FLAGS |= dict.fromkeys(("HAS_BEFORE", "HAS_ROWS", "HAS_AFTER"), True)
 NORM_TYPES = SIZES | {"dst_ptr": "*i32", "combine_ptr": "*fp32", "eps": "fp32", "program_rows": "i32"}
 
 
@@ -102,6 +103,16 @@ def norm_case(module: str, kernel: str, *names: str, **changes: Any) -> dict[str
     fp32 = ("rstd", "rstd_n", "rstd_x", "grad_gain", "grad_gain_x", "grad_gain_n")
     types |= pointers(*(f"{name}_ptr" for name in fp32), dtype="*fp32")
     return case(module, kernel, NORM_FLAGS | changes, types, 8, enable_fp_fusion=False)
+
+
+def wide_stream(entry: dict[str, Any], *rows: str) -> dict[str, Any]:
+    """The same kernel with fp32 streams, as under autocast; `rows` that have a map keep their bf16."""
+    kept = rows if entry["constants"]["HAS_MAP"] else ()
+    types = {
+        name: "*fp32" if kind == "*bf16" and name.removesuffix("_ptr") not in kept else kind
+        for name, kind in entry["types"].items()
+    }
+    return entry | {"types": types}
 
 
 def route_case(**changes: Any) -> dict[str, Any]:
@@ -179,6 +190,15 @@ CASES = {
         *("release_router_triton", "release_router_kernel", "y", "s", "routed", "weight", "x", "normed"),
         HAS_MAP=False,
     ),
+    "release_router_backward": norm_case(
+        *("release_router_triton", "release_router_backward_kernel"),
+        *("grad", "before", "rows", "after", "x", "weight", "grad_x"),
+    ),
+    "release_router_backward_dense": norm_case(
+        *("release_router_triton", "release_router_backward_kernel"),
+        *("grad", "before", "rows", "after", "x", "weight", "grad_x"),
+        HAS_MAP=False,
+    ),
     "release_both": norm_case(
         "release_both_triton",
         "release_both_kernel",
@@ -204,11 +224,23 @@ CASES = {
     ),
 }
 
+NORMS = ("add_rms_norm", "release_attention", "release_router", "release_router_dense", "release_both")
+NORM_BACKWARDS = (
+    "norm_backward",
+    "release_router_backward",
+    "release_router_backward_dense",
+    "release_both_backward",
+)
+WIDE_NORMS, WIDE_NORM_BACKWARDS = (tuple(f"{name}_wide" for name in group) for group in (NORMS, NORM_BACKWARDS))
+CASES |= {f"{name}_wide": wide_stream(CASES[name], "routed", "rows") for name in NORMS + NORM_BACKWARDS}
+
 SERVES_NARROW = {"route_sums", "count_slots", "place_slots"}
 """Small kernels over integers, whose accesses need not be wide."""
 WIDE = set(CASES) - SERVES_NARROW
-NORMS = ("add_rms_norm", "release_attention", "release_router", "release_router_dense", "release_both")
-NORM_BACKWARDS = ("norm_backward", "release_both_backward")
+
+
+KNOWN_SPILLS = {("release_both_backward_wide", "sm_90"): 24}
+"""Bytes. Two norms of fp32 rows of 7168 at once, two accumulators among them: 24 with Triton 3.7; docs/kernels.md."""
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +261,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", list(CASES))
 def test_no_spill_and_no_atomics(figures: dict[str, Any], name: str, target: str) -> None:
-    assert figures[name][target]["spill"] == 0
+    assert figures[name][target]["spill"] <= KNOWN_SPILLS.get((name, target), 0)
     assert figures[name][target]["atomics"] == 0
 
 
@@ -247,7 +279,11 @@ def test_wide_accesses(figures: dict[str, Any], name: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("group", [NORMS, NORM_BACKWARDS], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "group",
+    [NORMS, NORM_BACKWARDS, WIDE_NORMS, WIDE_NORM_BACKWARDS],
+    ids=["forward", "backward", "forward wide", "backward wide"],
+)
 def test_fused_and_separate_norms_reduce_in_one_order(
     figures: dict[str, Any], group: tuple[str, ...], target: str
 ) -> None:

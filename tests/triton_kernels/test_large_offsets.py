@@ -15,7 +15,7 @@ from farskip.triton_kernels.dispatch_map import dispatch_map
 from farskip.triton_kernels.permute import permute
 from farskip.triton_kernels.release_attention import release_attention
 from farskip.triton_kernels.release_both import release_both
-from farskip.triton_kernels.release_router import release_router
+from farskip.triton_kernels.release_router import release_router, release_router_backward
 from farskip.triton_kernels.swiglu import swiglu
 from farskip.triton_kernels.unpermute import unpermute
 
@@ -76,6 +76,25 @@ def test_streams(name: str, elements: int, room: str) -> None:
     weight = torch.linspace(0.5, 2, cols, dtype=torch.bfloat16, device=room)
     inputs = [ends(elements // cols + 3, cols, room, seed) for seed in range(10, 10 + num_inputs)]
     compare(lambda *tensors: op(weight, *tensors), inputs)
+
+
+@sizes
+def test_the_backward_of_the_router_update(elements: int, room: str) -> None:
+    """One row per token, in order, so that tokens and rows are many."""
+    cols = 64 if elements < WRAPS else 8192
+    num_tokens = elements // cols + 3
+    weight = torch.linspace(0.5, 2, cols, dtype=torch.bfloat16, device=room)
+    tensors = [ends(num_tokens, cols, room, seed) for seed in range(5)]
+
+    def run(tensors: list[Tensor]) -> Tensor:
+        grad, before, rows, after, x = tensors
+        dispatch = dispatch_map(torch.zeros(len(x), 1, dtype=torch.int64, device=room), 1, backend="triton")
+        rstd = torch.full((len(x),), 0.5, device=room)
+        arguments = (grad, before, rows, after, x, rstd, weight)
+        return release_router_backward(*arguments, dispatch=dispatch, backend="triton")[0][-LAST:]
+
+    alone = run([each[-LAST:].clone() for each in tensors])
+    assert alone.any() and torch.equal(run(tensors), alone)
 
 
 @sizes

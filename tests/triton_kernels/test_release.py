@@ -104,6 +104,26 @@ def test_fused_separate_and_plain_have_the_same_bits(
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("routed", ROUTED[:2])
+def test_narrower_rows_are_summed_in_their_dtype(routed: str, backend: str, device: str) -> None:
+    """Under autocast the stream is fp32 and rows are bf16: as if they were summed, then widened. Gradients too."""
+    leaves, dispatch = make(device, torch.float32, routed)
+    leaves["routed"] = leaves["routed"].bfloat16()
+    assert dispatch is not None
+
+    def widened(leaves: Leaves, dispatch: DispatchMap | None, backend: str) -> list[Tensor]:
+        assert dispatch is not None
+        summed = unpermute(leaves["routed"], dispatch, leaves.get("combine_weights"), backend=backend)
+        return plain(leaves | {"routed": summed.to(leaves["x"].dtype)}, None, backend)
+
+    expected = run(widened, leaves, dispatch, backend)
+    for form in (separate, both):
+        for got, want in zip(run(form, leaves, dispatch, backend), expected, strict=True):
+            assert got.dtype == want.dtype and torch.equal(got, want)
+    assert not torch.equal(expected[0], both(leaves | {"routed": leaves["routed"].float()}, dispatch, backend)[0])
+
+
 @pytest.mark.parametrize("routed", ROUTED)
 def test_gradients_are_autograds(routed: str) -> None:
     """fp64, against a graph of elementary operations only."""
