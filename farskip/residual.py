@@ -16,12 +16,13 @@ Source: the bracketing is that of ordinary models and of Instella-MoE (arXiv 260
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from farskip.async_autograd import fan_out
 from farskip.chain import MLP_NORM as MLP_NORM
+from farskip.side_stream import SideLane
 from farskip.stage import Norm, StreamKernels
 from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, LayerInputs, Source
 
@@ -126,6 +127,7 @@ class Residual:
         fixed_order: whether gradients are added in program order; needed only where stages can move.
         fusions: the op that makes a value; those without one are added up here.
         kernels: has the ops.
+        lane: told where each value is formed and where it is read; None where there is one lane.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class Residual:
         fixed_order: bool,
         fusions: Mapping[Value, Fusion] = _NO_FUSIONS,
         kernels: StreamKernels | None = None,
+        lane: SideLane | None = None,
     ) -> None:
         self._inputs = inputs
         self._uses = uses
@@ -147,6 +150,8 @@ class Residual:
         self._fixed_order = fixed_order
         self._fusions = fusions
         self._kernels = kernels
+        self._lane = lane
+        self._marks: dict[Value, Any] = {}
         self._dtype = x_BSD.dtype
         self._aliases: dict[Value, dict[str, torch.Tensor]] = {}
         self._offer(Value(start, Source.FULL), x_BSD)
@@ -211,6 +216,8 @@ class Residual:
             self._aliases[value] = dict(zip(uses, fan_out(tensor, len(uses)), strict=True))
         else:
             self._aliases[value] = dict.fromkeys(uses, tensor)
+        if self._lane is not None:
+            self._marks[value] = self._lane.mark()
 
     def _take(self, value: Value, use: str) -> torch.Tensor:
         if value not in self._aliases:
@@ -218,7 +225,10 @@ class Residual:
                 self._run(self._fusions[value], _unmarked)
             else:
                 self._offer(value, self._form(value))
-        return self._aliases[value].pop(use)
+        alias = self._aliases[value].pop(use)
+        if self._lane is not None:
+            self._lane.read(self._marks[value], alias)
+        return alias
 
     def _run(self, fusion: Fusion, mark: Mark) -> None:
         """Form values by an op."""
