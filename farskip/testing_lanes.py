@@ -95,8 +95,8 @@ class LaneBook(TorchDispatchMode):
         self._follow(self._lane, self._clocks[mark.lane])
 
     def sent(self, tensor: torch.Tensor) -> Callable[[], bool]:
-        """For a link, when it is waited for: what says, later, whether that lane kept what was sent. It alone knows when
-        the transfer has read it."""
+        """For a link, when it is waited for. What it returns says, later, whether the lane that waited has kept what
+        was sent: no other lane knows when the transfer has read it."""
         lane, known = self._lane, self._memory.get(_address(tensor))
         return lambda: known is None or known.owner == lane or lane in known.kept
 
@@ -159,7 +159,7 @@ class LaneBook(TorchDispatchMode):
     def _switched(self) -> None:
         """Nodes from here on are of this lane."""
         if self._lane:
-            number: Any = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
+            number: int = torch._C._autograd._get_sequence_nr()
             self._switches.append((number, self._lane))
 
     def _follow(self, lane: str, clock: Clock) -> None:

@@ -100,8 +100,7 @@ def parallelize(
         tensor_link = tensor_link or ProcessGroupLink(axis_group(mesh, TP_AXIS))
         tensor_parallel = TensorParallelRanks(tensor_link, sequence_parallel=sequence_parallel, chunks=chunks)
     settings = {"chunks": chunks, "capacity": capacity, "sequence_parallel": sequence_parallel}
-    settings |= {"side_stream": side_stream}
-    _refuse_disagreement({"wiring": wiring.to_dict(), **settings})
+    _refuse_disagreement({"wiring": wiring.to_dict(), **settings, "side_stream": side_stream})
     mode, times = _agree((schedule, times))
     executor = Executor(
         blocks,
