@@ -2,7 +2,8 @@
 
 One GPU cannot hold two ranks of NCCL, so the exchange is a paced copy on a side stream, of a bandwidth that makes
 communication a given share of the blocking step (`farskip.parallel.paced_copy_link`). All variants run in turn in one
-process; times are of the device, by events. Prints a table and writes JSON. Needs a CUDA device.
+process; times are of the device, by events. Prints a table and writes JSON. Needs a CUDA device. The variants called
+side have merges, or merges and routers, on a stream beside compute (`farskip.lanes`).
 
     python benchmarks/gpu_overlap.py [--layers 4] [--tokens 8192] [--share 0.25] [--rounds 12] [--out FILE]
 """

@@ -152,7 +152,7 @@ def simulate(steps: Sequence[Instruction], times: StageTimes, direction: str = "
             if step.side and step.key.stage == ROUTE and direction == "forward":
                 issued = free[True]
         elif step.do is Do.LAUNCH:
-            start = max(free[step.side], link_free)
+            start = max(free[step.side], issued, link_free)
             link_free = done_at[step.key] = start + duration
             communication.append(Span(step.key, start, link_free))
         else:

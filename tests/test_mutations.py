@@ -1133,8 +1133,8 @@ MUTATIONS = [
     Mutation(
         "the simulated link carries everything at once",
         _CORE + "simulator:simulate",
-        "max(now, link_free)",
-        "now",
+        "max(free[step.side], issued, link_free)",
+        "max(free[step.side], issued)",
         Catch(SIMULATOR, "test_lanes_do_one_thing_at_a_time", ("attn_only",)),
     ),
 ]
