@@ -2,8 +2,9 @@
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import pytest
 import torch
@@ -256,6 +257,100 @@ def test_the_book_runs_backward_in_the_lanes_of_forward() -> None:
     book.backward(loss)
     assert seen == [("third", MAIN), ("second", SIDE), ("first", MAIN)]
     assert not book.races
+
+
+# -- what it asks of CUDA, with names in the place of streams
+
+
+class NamedStream:
+    """A stream that notes what it is told to wait for; its events know where they were recorded."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name, self.calls = name, calls
+
+    def record_event(self) -> "NamedStream":
+        return self
+
+    def wait_event(self, event: "NamedStream") -> None:
+        self.calls.append(f"{self.name} waits for {event.name}")
+
+    wait_stream = wait_event
+
+
+@contextmanager
+def named_streams() -> Iterator[tuple[list[str], list[NamedStream]]]:
+    """What was called, and the current stream as the last of a list; the one that a lane makes is called side."""
+    calls: list[str] = []
+    current = [NamedStream("main", calls)]
+
+    @contextmanager
+    def on(stream: NamedStream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.record = lambda: calls.append("event")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", lambda device, priority: NamedStream(f"side{priority}", calls))
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+        patch.setattr(torch.cuda, "stream", on)
+        yield calls, current
+
+
+class Marked:
+    """As much of a tensor as is kept."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def record_stream(self, stream: NamedStream) -> None:
+        self.calls.append(f"kept for {stream.name}")
+
+
+def test_a_read_waits_for_the_other_stream_and_keeps_what_it_reads() -> None:
+    with named_streams() as (calls, _):
+        lane, tensor = CudaSideLane(torch.device("cuda")), cast(Any, Marked(calls))
+        mark = lane.mark()
+        lane.read(mark, tensor)
+        assert calls == [], "its own lane is in order"
+        with lane.entered():
+            lane.read(mark, tensor)
+            assert calls == ["side-1 waits for main", "kept for side-1"]
+            calls.clear()
+            mark = lane.mark()
+            lane.keep(tensor)
+        lane.read(mark, tensor)
+        assert calls == ["kept for side-1", "main waits for side-1", "kept for main"]
+
+
+def test_a_recomputation_goes_home_and_whoever_asked_for_it_waits() -> None:
+    with named_streams() as (calls, current):
+        lane = CudaSideLane(torch.device("cuda"))
+        home = lane.mark()
+        with lane.at(home):
+            pass
+        assert calls == []
+        with lane.entered():
+            with lane.at(home):
+                assert current[-1].name == "main"
+            assert calls == ["side-1 waits for main"]
+
+
+def test_the_meter_counts_what_compute_waits_for_and_not_what_the_side_lane_waits_for() -> None:
+    with named_streams() as (calls, _):
+        meter, device = WaitMeter(), torch.device("cuda")
+        lane = CudaSideLane(device, meter)
+        mark = lane.mark()
+        with lane.entered():
+            lane.read(mark)
+            meter.timed(lambda: calls.append("an exchange"), device)
+            mark = lane.mark()
+        lane.read(mark)
+        assert calls == ["side-1 waits for main", "an exchange", "event", "main waits for side-1", "event"]
 
 
 # -- on a GPU: real streams, either of them late
