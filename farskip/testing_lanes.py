@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 MAIN, SIDE = "main", "side"
 _NOBODY = ""
@@ -179,7 +178,7 @@ class LaneBook(TorchDispatchMode):
         result = func(*args, **kwargs)
         if not self._lane:
             return result
-        taken = _tensors((args, kwargs))
+        taken = _tensors((args, *kwargs.values()))
         known = {_address(tensor) for tensor in taken}
         made = [tensor for tensor in _tensors(result) if _address(tensor) not in known]
         places, names = _written(func)
@@ -226,7 +225,10 @@ def _written(func: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    """Those in the arguments or results of an operator, which nest in lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for each in value for tensor in _tensors(each)] if isinstance(value, (list, tuple)) else []
 
 
 def _address(tensor: torch.Tensor) -> int:
