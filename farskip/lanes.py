@@ -22,6 +22,7 @@ In backward the lanes are the same, and what went behind goes in front.
 """
 
 import difflib
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from enum import StrEnum
 
@@ -59,15 +60,15 @@ class SideStream(StrEnum):
 
 
 def put_aside(
-    steps: Sequence[Instruction], stages: Sequence[Stage], kinds: Collection[str], before: Sequence[Instruction] = ()
+    steps: Sequence[Instruction], stages: Sequence[Stage], kinds: Collection[str], starts: Sequence[int]
 ) -> list[Instruction]:
     """The same list with stages of these kinds in the side lane.
 
     Args:
-        steps: the forward list of one segment.
-        stages: its stages.
+        steps: a forward list.
+        stages: of the model.
         kinds: names of stages.
-        before: the lists of the segments before it. Each lane goes behind what the other one did there.
+        starts: the first layers of its segments, in order. A segment begins behind both lanes of the one before it.
     """
     after = {stage.key: stage.after for stage in stages}
     collectives = {stage.key for stage in stages if stage.is_collective}
@@ -76,8 +77,10 @@ def put_aside(
     waited_in = {other: lane_of[key] for key in lane_of for other in after[key] if other in collectives}
     position: dict[Key, int] = {}
     waited_for = {False: -1, True: -1}  # per lane: up to where the other one has been waited for
+    last: dict[bool, tuple[Key, ...]] = {False: (), True: ()}  # per lane
     last_router: tuple[Key, ...] = ()
-    of_edge = {side: _last_stage(before, not side) for side in (False, True)}
+    segment, edge = 0, dict(last)  # of the segment: its number, and what each lane did last before it
+    at_edge = {False: False, True: False}  # per lane: whether its next stage is the segment's first
     found: list[Instruction] = []
     for number, step in enumerate(steps):
         key = step.key
@@ -90,21 +93,21 @@ def put_aside(
                 waited_for[side] = max(waited_for[side], position[key])
             found.append(Instruction(step.do, key, side))
         else:
-            side = lane_of[key]
+            side, here = lane_of[key], bisect_right(starts, key.layer)
+            if here != segment:
+                segment, edge, at_edge = here, dict(last), {False: True, True: True}
             needed = after[key] + (last_router if key.stage in _READS_STREAM else ())
+            if at_edge[side]:
+                at_edge[side] = False
+                needed += edge[not side]
             others = [other for other in needed if lane_of.get(other, side) is not side]
             behind = max(others, key=lambda other: position[other], default=None)
             if behind is not None and position[behind] <= waited_for[side]:
                 behind = None
             if behind is not None:
                 waited_for[side] = position[behind]
-            edge, of_edge[side] = of_edge[side], None
-            behind = behind or edge
             position[key] = number
+            last[side] = (key,)
             last_router = (key,) if key.stage == ROUTE else last_router
             found.append(Instruction(step.do, key, side, behind))
     return found
-
-
-def _last_stage(steps: Sequence[Instruction], side: bool) -> Key | None:
-    return next((step.key for step in reversed(steps) if step.do is Do.RUN and step.side is side), None)

@@ -224,8 +224,10 @@ def build_schedule(
         elif graph.is_sequence_parallel:
             forward += earliest_start(stages, duration)
         else:
-            steps = _overlapped(stages, placement, graph.chain is not None)
-            forward += put_aside(steps, stages, side_stream.stages, forward) if side_stream.stages else steps
+            forward += _overlapped(stages, placement, graph.chain is not None)
+    if mode == "overlapped" and side_stream.stages:
+        starts = [segment.start for segment in chosen]
+        forward = put_aside(forward, graph.stages, side_stream.stages, starts)
     if graph.chain is None:
         return Schedule(mode=mode, segments=chosen, forward=tuple(forward), backward=mirror(forward))
     backward: list[Instruction] = []

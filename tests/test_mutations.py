@@ -481,14 +481,14 @@ MUTATIONS = [
         _CORE + "lanes:put_aside",
         "last_router if key.stage in _READS_STREAM else ()",
         "()",
-        lanes_of("test_both_lanes_are_drained_at_the_end_of_a_segment"),
+        Catch(LANES, "test_compute_that_reads_the_stream_goes_behind_the_router_before_it"),
     ),
     Mutation(
         "a segment begins before the side lane of the one before it has ended",
         _CORE + "lanes:put_aside",
-        "behind = behind or edge",
+        "needed += edge[not side]",
         "pass",
-        lanes_of("test_both_lanes_are_drained_at_the_end_of_a_segment"),
+        lanes_of("test_a_segment_begins_behind_both_lanes_of_the_one_before_it"),
     ),
     Mutation(
         "backward forgets what goes behind what",

@@ -25,7 +25,7 @@ def graph_of(wiring: Wiring, mix: tuple[tuple[str, ...], ...] = MIX, chunks: int
 
 
 def every_schedule(wiring: Wiring, side_stream: SideStream) -> "itertools.chain[tuple[StageGraph, Schedule]]":
-    graphs = [graph_of(wiring, chunks=chunks) for chunks in (1, 2)]
+    graphs = [graph_of(wiring), graph_of(wiring, chunks=2), graph_of(wiring, (MOE_SHARED, DENSE, MOE, DENSE))]
     return itertools.chain(
         (graph, build_schedule(graph, "overlapped", segments=cut, placement=each, side_stream=side_stream))
         for graph, cut, each in itertools.product(graphs, (None, even_segments(4, 2)), placements())
@@ -93,20 +93,25 @@ def test_that_check_sees_a_stage_that_goes_behind_nothing() -> None:
             assert unordered(broken, graph, backward=False), removed
 
 
-@pytest.mark.parametrize("side_stream", ASIDE)
-def test_both_lanes_are_drained_at_the_end_of_a_segment(side_stream: SideStream) -> None:
-    graph = graph_of(Wiring.named("farskip", 4), (MOE_SHARED,) * 4)
+def second_segment(name: str, side_stream: SideStream) -> list[str]:
+    """Its stages, of four layers."""
+    graph = graph_of(Wiring.named(name, 4), (MOE_SHARED,) * 4)
     schedule = build_schedule(graph, "overlapped", segments=even_segments(4, 2), side_stream=side_stream)
-    second = schedule.of_segment(schedule.segments[1])
-    runs = [step for step in second if step.do is Do.RUN]
-    first_of_compute = next(step for step in runs if not step.side)
-    if side_stream is SideStream.merge_and_route:
-        assert (str(runs[0]), str(first_of_compute)) == (
-            "run(route.2) aside behind shared.1",
-            "run(attention_in.2) behind route.2",
-        )
-    else:
-        assert str(first_of_compute) == "run(route.2) behind merge.1"
+    return [str(step) for step in schedule.of_segment(schedule.segments[1]) if step.do is Do.RUN]
+
+
+@pytest.mark.parametrize("side_stream", ASIDE)
+def test_a_segment_begins_behind_both_lanes_of_the_one_before_it(side_stream: SideStream) -> None:
+    """Also where its first stage could do without: leaving a segment forms the whole stream."""
+    assert second_segment("attn_only", side_stream)[0] == "run(attention_in.2) behind merge.1"
+
+
+def test_compute_that_reads_the_stream_goes_behind_the_router_before_it() -> None:
+    assert second_segment("farskip", SideStream.merge)[:2] == ["run(route.2) behind merge.1", "run(attention_in.2)"]
+    assert second_segment("farskip", SideStream.merge_and_route)[:2] == [
+        "run(route.2) aside behind shared.1",
+        "run(attention_in.2) behind route.2",
+    ]
 
 
 @pytest.mark.parametrize("side_stream", ASIDE)
