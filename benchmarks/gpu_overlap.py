@@ -2,7 +2,8 @@
 
 One GPU cannot hold two ranks of NCCL, so the exchange is a paced copy on a side stream, of a bandwidth that makes
 communication a given share of the blocking step (`farskip.parallel.paced_copy_link`). All variants run in turn in one
-process; times are of the device, by events. Prints a table and writes JSON. Needs a CUDA device.
+process; times are of the device, by events. Prints a table and writes JSON. Needs a CUDA device. The variants called
+side have merges, or merges and routers, on a stream beside compute (`farskip.lanes`).
 
     python benchmarks/gpu_overlap.py [--layers 4] [--tokens 8192] [--share 0.25] [--rounds 12] [--out FILE]
 """
@@ -50,14 +51,17 @@ NO_LINK_GBYTE_S = 1e6
 class Variant:
     """One model under a wiring, a schedule and a wire."""
 
-    def __init__(self, base: dict[str, Any], layers: int, wiring: str, mode: str, link: PacedCopyLink) -> None:
+    def __init__(
+        self, base: dict[str, Any], layers: int, wiring: str, mode: str, link: PacedCopyLink, side_stream: str = "none"
+    ) -> None:
         config = {**LITE, "num_hidden_layers": layers}
         model = build_model("deepseek_v2", config, vocab_size=1024, end_of_document_id=0, seed=0)
         self.model = rewire(model.to("cuda", torch.bfloat16).train(), wiring)
         self.model.load_state_dict(base)
         blocks = [family_of_model(self.model).sub_blocks(layer) for layer in layers_of(self.model)]
         dispatcher = AllToAllDispatcher(link, LITE["n_routed_experts"])
-        attach(self.model, Executor(blocks, wiring_of(self.model), dispatcher=dispatcher, mode=mode))
+        wired = wiring_of(self.model)
+        attach(self.model, Executor(blocks, wired, dispatcher=dispatcher, mode=mode, side_stream=side_stream))
         use_kernels(self.model, "auto")
 
     def step_ms(self, ids: torch.Tensor, *, backward: bool) -> float:
@@ -123,6 +127,10 @@ def main() -> None:
         "ordinary_shared": Variant(base, options.layers, "ordinary", "overlapped", link),
         "farskip_serial": Variant(base, options.layers, "farskip", "serial", link),
         "farskip_overlapped": Variant(base, options.layers, "farskip", "overlapped", link),
+        **{
+            f"farskip_overlapped_side_{each}": Variant(base, options.layers, "farskip", "overlapped", link, each)
+            for each in ("merge", "merge_and_route")
+        },
         "no_communication": free,
         "farskip_no_communication": Variant(base, options.layers, "farskip", "overlapped", no_link),
     }
@@ -136,7 +144,7 @@ def main() -> None:
             row["speedup"] = blocking / row["median_ms"]
             row["hidden_share"] = (blocking - row["median_ms"]) / (blocking - floor)
             print(
-                f"{variant:<26} {row['median_ms']:8.2f} ms ({row['p25_ms']:.2f} - {row['p75_ms']:.2f})  "
+                f"{variant:<39} {row['median_ms']:8.2f} ms ({row['p25_ms']:.2f} - {row['p75_ms']:.2f})  "
                 f"{row['speedup']:.2f}x  {100 * row['hidden_share']:.0f} % hidden"
             )
         passes[name] = rows

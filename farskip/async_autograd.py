@@ -40,13 +40,23 @@ Ended = Callable[[], None]
 
 
 class InFlight:
-    """One launched collective: ties its two autograd nodes together, in both directions."""
+    """One launched collective: ties its two autograd nodes together, in both directions.
 
-    __slots__ = ("_collective", "_notify", "_pending")
+    Args:
+        collective: what is launched.
+        notify: told when a launch or a wait begins.
+        keep: called after a wait, in either direction, with the result and what was sent: they may have been made in
+            another lane than the one that has waited (`farskip.side_stream`).
+    """
 
-    def __init__(self, collective: Collective, notify: Notify | None = None) -> None:
+    __slots__ = ("_collective", "_keep", "_notify", "_pending")
+
+    def __init__(
+        self, collective: Collective, notify: Notify | None = None, keep: Callable[..., None] | None = None
+    ) -> None:
         self._collective = collective
         self._notify = notify
+        self._keep = keep
         self._pending: Pending | None = None
 
     def launch(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -70,7 +80,10 @@ class InFlight:
         assert self._pending is not None, "a collective was waited for before it was launched"
         ended = self._notify("wait", backward) if self._notify else None
         pending, self._pending = self._pending, None
+        tensors = pending.tensors if self._keep else ()
         result = pending.wait()
+        if self._keep:
+            self._keep(*tensors)
         if ended:
             ended()
         return result

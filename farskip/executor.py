@@ -11,10 +11,14 @@ core (the seam), and there the executor goes on with the list until the core's t
 The backward pass needs no code here: autograd runs, of the nodes that are ready, the one created last, so it follows
 `schedule.backward`. Observers can check that (`farskip.recorder`) and see it (`farskip.profiling`).
 
+Stages of a side lane (`farskip.lanes`) are issued on a stream of their own, where the device has streams; how their
+values cross over is in `farskip.side_stream`.
+
 What this file refuses: an attention that never reaches the seam. It knows no process group and no model family.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -24,9 +28,11 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from farskip.async_autograd import Collective, Ended, InFlight, mark_backward
 from farskip.fusion import FusionPlan, landed_layers, plan_fusions
+from farskip.lanes import SideStream
 from farskip.reduced_residual import ReducedResidual
 from farskip.residual import GATE, MLP_NORM, ROWS, Residual, stream_uses
 from farskip.schedule import Do, Instruction, Schedule, Segment
+from farskip.side_stream import SideLane, make_side_lane, tensors_in
 from farskip.simulator import StageTimes, choose_schedule
 from farskip.stage import Dispatcher, DispatchPlan, Norm, Routing, StreamKernels, SubBlocks, TensorParallel
 from farskip.stage_graph import (
@@ -46,6 +52,7 @@ from farskip.stage_graph import (
     build_stage_graph,
 )
 from farskip.token_shards import TokenShards
+from farskip.wait_meter import WaitMeter
 from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, Source, Wiring
 
 Arguments = Sequence[Mapping[str, Any]]
@@ -74,12 +81,16 @@ class Executor:
         tensor_parallel: the ranks over which the sub-blocks are cut; None when they are whole.
         mode: ``serial`` or ``overlapped``.
         times: stage times by which the overlapped schedule is chosen.
+        side_stream: which stages of the overlapped schedule have a lane of their own: ``none``, ``merge`` or
+            ``merge_and_route``.
 
     Attributes:
+        make_side_lane: called once per device, when a schedule has a side lane; None from it: stages run in place.
+        wait_meter: told how long compute stood still for the side lane.
         stream_kernels: ops that form sums of the stream together with their norms; None: plain adds, the model's norms.
 
     Raises:
-        ValueError: the wiring does not fit the model, or the mode is unknown.
+        ValueError: the wiring does not fit the model, the mode is unknown, or the model can have no such side lane.
     """
 
     def __init__(
@@ -91,6 +102,7 @@ class Executor:
         tensor_parallel: TensorParallel | None = None,
         mode: str = "overlapped",
         times: StageTimes | None = None,
+        side_stream: str = SideStream.none,
     ) -> None:
         self.sub_blocks = tuple(sub_blocks)
         self.wiring = wiring
@@ -98,6 +110,7 @@ class Executor:
         self.tensor_parallel = tensor_parallel
         self.mode = mode
         self.times = times
+        self.side_stream = SideStream.named(side_stream)
         self.inputs = wiring.resolve([block.blocks for block in self.sub_blocks])
         sharded = tensor_parallel is not None and tensor_parallel.sequence_parallel
         self.graph = build_stage_graph(
@@ -111,6 +124,9 @@ class Executor:
         self.observers: list[Observer] = []
         self.routing_hook: RoutingHook | None = None
         self.stream_kernels: StreamKernels | None = None
+        self.make_side_lane: Callable[[torch.device, WaitMeter | None], SideLane | None] = make_side_lane
+        self.wait_meter: WaitMeter | None = None
+        self._side_lanes: dict[torch.device, SideLane | None] = {}
         self._schedules: dict[tuple[Segment, ...], Schedule] = {}
         self._fusion_plans: dict[Segment, tuple[Schedule, frozenset[Norm], FusionPlan]] = {}
         self.schedule()  # refuses an unknown mode now, not at the first batch
@@ -124,7 +140,9 @@ class Executor:
         """The schedule for these segments; for the model in one piece if None. Chosen once, then kept."""
         key = tuple(segments) if segments is not None else (Segment(0, self.num_layers),)
         if key not in self._schedules:
-            self._schedules[key] = choose_schedule(self.graph, self.mode, segments=key, times=self.times)
+            self._schedules[key] = choose_schedule(
+                self.graph, self.mode, segments=key, times=self.times, side_stream=self.side_stream
+            )
         return self._schedules[key]
 
     def reschedule(self, mode: str, times: StageTimes | None) -> None:
@@ -174,29 +192,41 @@ class Executor:
         assert (shards is not None) == (ranks is not None and ranks.sequence_parallel), (
             "ask shard_tokens for the shares"
         )
+        lane = self._side_lane(steps, x_BSD.device)
+        home = lane.mark() if lane is not None else None
         runs = 0
 
         def run(x_BSD: torch.Tensor, n_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal runs
             runs += 1
-            return _SegmentRun(
-                self,
-                steps,
-                plan,
-                segment,
-                x_BSD,
-                n_BSD,
-                arguments,
-                recomputing=runs > 1,
-                serial=schedule.mode == "serial",
-                shards=shards,
-            ).run()
+            with nullcontext() if lane is None else lane.at(home):
+                return _SegmentRun(
+                    self,
+                    steps,
+                    plan,
+                    segment,
+                    x_BSD,
+                    n_BSD,
+                    arguments,
+                    recomputing=runs > 1,
+                    serial=schedule.mode == "serial",
+                    shards=shards,
+                    lane=lane,
+                ).run()
 
         if not recompute:
             return run(x_BSD, n_BSD)
         # Without early stop the recomputation ends where the forward ended: every launch has met its wait.
         with set_checkpoint_early_stop(False):
             return checkpoint(run, x_BSD, n_BSD, use_reentrant=False)
+
+    def _side_lane(self, steps: Sequence[Instruction], device: torch.device) -> SideLane | None:
+        """What the side lane of these steps runs in; None if they have none, or if it runs in place."""
+        if not any(step.side for step in steps):
+            return None
+        if device not in self._side_lanes:
+            self._side_lanes[device] = self.make_side_lane(device, self.wait_meter)
+        return self._side_lanes[device]
 
     def kernels_for(self, stream_BSD: torch.Tensor) -> StreamKernels | None:
         """The ops that form sums of a stream like this one. All-reduces of tensor parallelism end in plain adds."""
@@ -215,7 +245,10 @@ class Executor:
             return known[2]
         landed = landed_layers(schedule.of_segment(segment))
         as_rows = self.dispatcher is not None and self.dispatcher.chunks == 1
-        plan = plan_fusions(self.inputs, self.uses, segment.start, segment.stop, fusible, landed, as_rows=as_rows)
+        aside = self.side_stream is SideStream.merge
+        plan = plan_fusions(
+            self.inputs, self.uses, segment.start, segment.stop, fusible, landed, as_rows=as_rows, merged_aside=aside
+        )
         self._fusion_plans[segment] = schedule, fusible, plan
         return plan
 
@@ -236,6 +269,7 @@ class _SegmentRun:
         recomputing: bool,
         serial: bool,
         shards: TokenShards | None,
+        lane: SideLane | None,
     ) -> None:
         self._executor = executor
         self._steps = steps
@@ -243,6 +277,8 @@ class _SegmentRun:
         self._arguments = arguments
         self._recomputing = recomputing
         self._shards = shards
+        self._lane = lane
+        self._marks: dict[Key, Any] = {}
         self._residual: Any
         stream = (executor.inputs, plan.uses, segment.start, segment.stop, x_BSD, n_BSD)
         if executor.graph.chain is None:
@@ -251,6 +287,7 @@ class _SegmentRun:
                 fixed_order=executor.graph.has_collectives,
                 fusions=plan.fusions,
                 kernels=executor.kernels_for(x_BSD),
+                lane=lane,
             )
         else:
             assert executor.tensor_parallel is not None
@@ -278,12 +315,19 @@ class _SegmentRun:
             if step.do is Do.RUN and step.key == until:
                 return
             self._position += 1
-            if step.do is Do.LAUNCH:
-                self._launch(step.key)
-            elif step.do is Do.WAIT:
-                self._wait(step.key)
+            if step.side and self._lane is not None:
+                with self._lane.entered():
+                    self._execute(step)
             else:
-                _STAGES[step.key.stage](self, step.key)
+                self._execute(step)
+
+    def _execute(self, step: Instruction) -> None:
+        if step.do is Do.LAUNCH:
+            self._launch(step.key)
+        elif step.do is Do.WAIT:
+            self._wait(step.key)
+        else:
+            _STAGES[step.key.stage](self, step.key)
 
     # collectives
 
@@ -291,14 +335,19 @@ class _SegmentRun:
         if key.stage in REDUCTIONS:
             self._residual.launch(key)
             return
-        in_flight = InFlight(self._collective(key), self._notify(key))
+        keep = self._lane.keep if self._lane is not None else None
+        in_flight = InFlight(self._collective(key), self._notify(key), keep)
         self._in_flight[key] = in_flight
         self._rows[key] = in_flight.launch(self._rows.pop(key))
+        if self._lane is not None:
+            self._marks[key] = self._lane.mark()
 
     def _wait(self, key: Key) -> None:
         if key.stage in REDUCTIONS:
             self._residual.wait(key)
             return
+        if self._lane is not None:
+            self._lane.read(self._marks.pop(key))  # what was made for it comes along: its plan
         self._rows[key] = self._in_flight.pop(key).wait(self._rows.pop(key))
         if key.stage in SCATTER.values():
             self._put_part(key)
@@ -452,6 +501,8 @@ class _SegmentRun:
         else:
             (rows_RD,) = self._mark_inputs(key, self._rows.pop(key._replace(stage=DISPATCH)))
             plan = self._plans[key.layer][key.chunk]
+            if self._lane is not None:
+                self._lane.keep(plan.expert_R)
             (rows_RD,) = self._mark_outputs(key, block.expert_rows(rows_RD, plan.expert_R))
             self._rows[key._replace(stage=COMBINE)] = rows_RD
         ended()
@@ -461,6 +512,8 @@ class _SegmentRun:
         dispatcher = self._executor.dispatcher
         assert dispatcher is not None
         plans, routing = self._plans.pop(key.layer), self._routing.pop(key.layer)
+        if self._lane is not None:
+            self._lane.keep(*tensors_in((plans, routing)))
         ended = self._begin(key)
         rows = self._mark_inputs(key, *(self._rows.pop(Key(key.layer, COMBINE, chunk)) for chunk in range(len(plans))))
         if self._residual.takes_rows(key.layer, rows):

@@ -50,6 +50,7 @@ def plan_fusions(
     landed: Collection[int],
     *,
     as_rows: bool = False,
+    merged_aside: bool = False,
 ) -> FusionPlan:
     """Choose the ops of the layers start..stop-1.
 
@@ -61,12 +62,14 @@ def plan_fusions(
         fusible: the norms that ops can take over.
         landed: see `landed_layers`.
         as_rows: whether rows travel between ranks, those of a layer in one piece.
+        merged_aside: whether returned rows are summed in a lane beside the one that adds their sum.
     """
     fusions: dict[Value, Fusion] = {}
     inside: set[tuple[Value, str]] = set()
     for layer in range(start, stop):
         leaves = layer + 1 == stop
-        for fusion, taken_in in _fusions_behind(inputs, uses, layer, fusible, leaves, layer in landed, as_rows):
+        behind = _fusions_behind(inputs, uses, layer, fusible, leaves, layer in landed, as_rows, merged_aside)
+        for fusion, taken_in in behind:
             fusions |= dict.fromkeys(fusion.makes, fusion)
             inside |= taken_in
     left = {value: tuple(use for use in found if (value, use) not in inside) for value, found in uses.items()}
@@ -98,6 +101,7 @@ def _fusions_behind(
     leaves: bool,
     landed: bool,
     as_rows: bool,
+    merged_aside: bool,
 ) -> Iterator[tuple[Fusion, set[tuple[Value, str]]]]:
     """The ops that form y of this layer, and x and n of the next one unless they leave; each with the uses inside."""
     blocks, after = inputs[layer].blocks, layer + 1
@@ -115,7 +119,7 @@ def _fusions_behind(
     y_is_read = MLP_NORM in uses[y]
     sum_y = ((x, ADD_Y), (attention, ADD_X))
     sum_x = ((Value(layer, MLP if MLP in blocks else ROUTED), ADD_X), *([(shared, ADD_X)] if SHARED in blocks else []))
-    r_as_rows = as_rows and ROUTED in blocks
+    r_as_rows = as_rows and not merged_aside and ROUTED in blocks
 
     if of_n and base == "y+s" and not y_is_read and uses[next_n] == (ATTENTION,):
         inside, normed_n = {(y, ADD_N), (next_n, of_n.name)}, normed_value(of_n, next_n)

@@ -45,6 +45,11 @@ class Pending:
         self._keep = keep
         self._meter = meter
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that the transfer reads and writes, until it has been waited for."""
+        return (self.unfilled, *self._keep)
+
     def wait(self) -> torch.Tensor:
         """The result, ready to be read on the current stream.
 

@@ -101,6 +101,7 @@ class ReducedResidual(Residual):
         self._inputs, self._uses, self._stop, self._fixed_order = inputs, uses, stop, True
         self._fusions, self._kernels = {}, None  # sums are made by all-reduces
         self._aliases, self._rows_gradients = {}, {}
+        self._lane = None
         self._chain, self._ranks, self._notify = graph.chain, ranks, notify
         self._layout = _layout_of(graph.chain, start, stop, self._leaves_partial())
         self._gradients = {

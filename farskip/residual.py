@@ -23,6 +23,7 @@ import torch
 from farskip.async_autograd import fan_out
 from farskip.chain import MLP_NORM as MLP_NORM
 from farskip.rows_gradient import RowsGradient
+from farskip.side_stream import SideLane, tensors_in
 from farskip.stage import Norm, RoutedRows, StreamKernels
 from farskip.wiring import ATTENTION, MLP, ROUTED, SHARED, LayerInputs, Source
 
@@ -149,6 +150,7 @@ class Residual:
         fixed_order: whether gradients are added in program order; needed only where stages can move.
         fusions: the op that makes a value; those without one are added up here.
         kernels: has the ops.
+        lane: told where each value is formed and where it is read; None where there is one lane.
     """
 
     def __init__(
@@ -163,6 +165,7 @@ class Residual:
         fixed_order: bool,
         fusions: Mapping[Value, Fusion] = _NO_FUSIONS,
         kernels: StreamKernels | None = None,
+        lane: SideLane | None = None,
     ) -> None:
         self._inputs = inputs
         self._uses = uses
@@ -170,6 +173,8 @@ class Residual:
         self._fixed_order = fixed_order
         self._fusions = fusions
         self._kernels = kernels
+        self._lane = lane
+        self._marks: dict[Value, Any] = {}
         self._dtype = x_BSD.dtype
         self._aliases: dict[Value, dict[str, Any]] = {}
         self._rows_gradients: dict[Value, RowsGradient] = {}
@@ -207,7 +212,7 @@ class Residual:
 
     def put_rows(self, layer: int, routed: RoutedRows) -> None:
         """Hand over a routed output as rows."""
-        self._aliases[Value(layer, ROUTED)] = {ADD_X: routed}
+        self._hand_out(Value(layer, ROUTED), {ADD_X: routed})
 
     def form_normed(self, layer: int, which: str, mark: Mark) -> bool:
         """Form a normed value together with its sum, if there is an op for that.
@@ -248,9 +253,15 @@ class Residual:
     def _offer(self, value: Value, tensor: torch.Tensor) -> None:
         uses = (_OUT,) if value.layer == self._stop else self._uses[value]
         if self._fixed_order:
-            self._aliases[value] = dict(zip(uses, fan_out(tensor, len(uses)), strict=True))
+            self._hand_out(value, dict(zip(uses, fan_out(tensor, len(uses)), strict=True)))
         else:
-            self._aliases[value] = dict.fromkeys(uses, tensor)
+            self._hand_out(value, dict.fromkeys(uses, tensor))
+
+    def _hand_out(self, value: Value, aliases: dict[str, Any]) -> None:
+        """A value is there, in the lane that the caller is in."""
+        self._aliases[value] = aliases
+        if self._lane is not None:
+            self._marks[value] = self._lane.mark()
 
     def _take(self, value: Value, use: str) -> Any:
         if value not in self._aliases:
@@ -258,7 +269,10 @@ class Residual:
                 self._run(self._fusions[value], _unmarked)
             else:
                 self._offer(value, self._form(value))
-        return self._aliases[value].pop(use)
+        alias = self._aliases[value].pop(use)
+        if self._lane is not None:
+            self._lane.read(self._marks[value], *tensors_in(alias))
+        return alias
 
     def _run(self, fusion: Fusion, mark: Mark) -> None:
         """Form values by an op."""
@@ -273,7 +287,7 @@ class Residual:
         uses, gradient = self._uses[normed], RowsGradient()
         stream_BSD, *aliases = self._kernels.release_router_by_use((norm,), len(uses), gradient, *terms)
         self._offer(stream, stream_BSD)
-        self._aliases[normed] = dict(zip(uses, aliases, strict=True))
+        self._hand_out(normed, dict(zip(uses, aliases, strict=True)))
         self._rows_gradients[normed] = gradient
 
     def _form(self, value: Value) -> torch.Tensor:

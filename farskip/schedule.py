@@ -33,6 +33,8 @@ reduced in backward is the gradient of a sub-block's input. Their backward list 
 With tensor parallelism, in layers whose experts are not dispatched there is no critical chain and no placement: what is
 ready runs in program order, and only when nothing is ready the oldest collective is waited for.
 
+Merges and routers can be put in a lane of their own beside compute, in the same order (`farskip.lanes`).
+
 With sequence parallelism the overlapped list is built against a clock instead (`farskip.earliest_start`); gathers and
 scatters are mirrors of each other, so the backward list is the mirror again.
 
@@ -52,6 +54,7 @@ from farskip.autograd_order import autograd_order
 from farskip.earliest_start import Duration, earliest_start, even
 from farskip.instruction import Do as Do
 from farskip.instruction import Instruction as Instruction
+from farskip.lanes import SideStream, put_aside
 from farskip.stage_graph import (
     ATTENTION_CORE,
     ATTENTION_IN,
@@ -133,7 +136,12 @@ class Schedule:
         """A plain dict, as it is stored beside a run."""
 
         def rows(steps: Iterable[Instruction]) -> list[dict[str, Any]]:
-            return [{"do": str(step.do), "layer": step.key.layer, "stage": step.key.label} for step in steps]
+            return [
+                {"do": str(step.do), "layer": step.key.layer, "stage": step.key.label}
+                | ({"lane": "side"} if step.side else {})
+                | ({"behind": [step.behind.layer, step.behind.label]} if step.behind else {})
+                for step in steps
+            ]
 
         return {
             "mode": self.mode,
@@ -147,7 +155,15 @@ class Schedule:
         """The inverse of `to_dict`."""
 
         def steps(rows: Iterable[dict[str, Any]]) -> tuple[Instruction, ...]:
-            return tuple(Instruction(Do(row["do"]), Key.from_label(row["layer"], row["stage"])) for row in rows)
+            return tuple(
+                Instruction(
+                    Do(row["do"]),
+                    Key.from_label(row["layer"], row["stage"]),
+                    row.get("lane") == "side",
+                    Key.from_label(*row["behind"]) if "behind" in row else None,
+                )
+                for row in rows
+            )
 
         return cls(
             mode=data["mode"],
@@ -159,7 +175,8 @@ class Schedule:
     def timeline(self, direction: str = "forward", *, layers: range | None = None, width: int = 118) -> str:
         """The schedule as pairs of lines, compute above communication, wrapped at `width` characters.
 
-        A collective that stands over an empty compute cell is exposed: nothing runs while it is in flight.
+        A collective that stands over an empty compute cell is exposed: nothing runs while it is in flight. A side lane
+        is a third line, each of its stages under the compute beside which it can run.
         """
         steps = self.forward if direction == "forward" else self.backward
         if layers is not None:
@@ -174,6 +191,7 @@ def build_schedule(
     duration: Duration = even,
     segments: Sequence[Segment] | None = None,
     placement: Placement = Placement(),
+    side_stream: SideStream = SideStream.none,
 ) -> Schedule:
     """The schedule of a stage graph.
 
@@ -183,9 +201,11 @@ def build_schedule(
         duration: how long stages take (overlapped only, with sequence parallelism).
         segments: consecutive ranges of layers with nothing in flight at their ends; the whole model if None.
         placement: which window each movable stage fills (overlapped only, without sequence parallelism).
+        side_stream: which stages have a lane of their own (overlapped only).
 
     Raises:
-        ValueError: unknown mode, or segments that do not cover the layers in order.
+        ValueError: unknown mode, segments that do not cover the layers in order, or a side lane where there is nothing
+            to put in it, or under tensor parallelism.
     """
     if mode not in MODES:
         near = difflib.get_close_matches(mode, MODES, n=1)
@@ -194,6 +214,8 @@ def build_schedule(
     edges = [0, *(segment.stop for segment in chosen)]
     if [segment.start for segment in chosen] != edges[:-1] or edges[-1] != graph.num_layers:
         raise ValueError(f"segments {chosen} do not cover layers 0..{graph.num_layers - 1} in order")
+    if side_stream is not SideStream.none:
+        _check_side_stream(graph, side_stream)
     forward: list[Instruction] = []
     for segment in chosen:
         stages = graph.of_layers(segment.start, segment.stop)
@@ -203,6 +225,9 @@ def build_schedule(
             forward += earliest_start(stages, duration)
         else:
             forward += _overlapped(stages, placement, graph.chain is not None)
+    if mode == "overlapped" and side_stream.stages:
+        starts = [segment.start for segment in chosen]
+        forward = put_aside(forward, graph.stages, side_stream.stages, starts)
     if graph.chain is None:
         return Schedule(mode=mode, segments=chosen, forward=tuple(forward), backward=mirror(forward))
     backward: list[Instruction] = []
@@ -218,9 +243,26 @@ def even_segments(num_layers: int, length: int) -> tuple[Segment, ...]:
 
 
 def mirror(forward: Sequence[Instruction]) -> tuple[Instruction, ...]:
-    """The backward list: reversed, with launch and wait exchanged."""
+    """The backward list: reversed, with launch and wait exchanged; what went behind a stage now goes in front of it."""
     exchanged = {Do.RUN: Do.RUN, Do.LAUNCH: Do.WAIT, Do.WAIT: Do.LAUNCH}
-    return tuple(Instruction(exchanged[step.do], step.key) for step in reversed(forward))
+    behind = {step.behind: step.key for step in forward if step.behind is not None}
+    return tuple(
+        Instruction(exchanged[step.do], step.key, step.side, behind.get(step.key) if step.do is Do.RUN else None)
+        for step in reversed(forward)
+    )
+
+
+def _check_side_stream(graph: StageGraph, side_stream: SideStream) -> None:
+    if graph.chain is not None or graph.is_sequence_parallel:
+        raise ValueError(
+            f"side_stream={str(side_stream)!r} with tensor parallelism: there a merge feeds a sum over the ranks, "
+            "whose place is among those of compute; use side_stream='none' or tp=1"
+        )
+    if not graph.dispatching_layers:
+        raise ValueError(
+            f"side_stream={str(side_stream)!r} has nothing to put aside: no rows travel; use side_stream='none', or "
+            "expert parallelism over two ranks or more"
+        )
 
 
 def _serial(stages: Sequence[Stage]) -> list[Instruction]:
@@ -311,36 +353,56 @@ def _window_of(key: Key) -> tuple[int, int]:
 
 
 def _draw(steps: Sequence[Instruction], width: int) -> str:
-    """Two lines of cells, one cell per stretch of compute or per exposed collective."""
-    cells: list[tuple[str, str]] = []  # (compute, collective in flight)
+    """Lines of cells, one cell per stretch of compute or per exposed collective."""
+    cells: list[tuple[str, str, str]] = []  # (compute, collective in flight, side lane)
     in_flight: list[Key] = []
     fresh: set[Key] = set()  # launched, not yet drawn under any compute
+    beside: list[Key] = []  # of the side lane, not yet drawn
+    landing: set[Key] = set()  # waited for in the side lane: leave when they are drawn
+
+    def draw(compute: str) -> None:
+        labels = [str(key) if key in fresh else "..." for key in in_flight]
+        cells.append((compute, " ".join(labels), " ".join(map(str, beside))))
+        fresh.difference_update(in_flight)
+        beside.clear()
+        in_flight[:] = [key for key in in_flight if key not in landing]
+        landing.clear()
+
     for step in steps:
         if step.do is Do.LAUNCH:
             in_flight.append(step.key)
             fresh.add(step.key)
         elif step.do is Do.WAIT:
+            if step.side and step.key in fresh:
+                landing.add(step.key)
+                continue
             if step.key in fresh:
-                cells.append(("", str(step.key)))
+                cells.append(("", str(step.key), " ".join(map(str, beside))))
+                beside.clear()
             if step.key in in_flight:
                 in_flight.remove(step.key)
             fresh.discard(step.key)
+        elif step.side:
+            beside.append(step.key)
         else:
-            labels = [str(key) if key in fresh else "..." for key in in_flight]
-            cells.append((str(step.key), " ".join(labels)))
-            fresh.difference_update(in_flight)
+            draw(str(step.key))
+    if beside or landing:
+        draw("")
+    heads = ["compute       |", "communication |"] + ["side          |"] * any(step.side for step in steps)
     lines: list[str] = []
-    top, bottom = "compute       |", "communication |"
-    for compute, communication in cells:
-        size = max(len(compute), len(communication))
-        if len(top) + size + 3 > width and len(top) > 15:
-            lines += [top, bottom, ""]
-            top, bottom = "compute       |", "communication |"
+    row = list(heads)
+    for compute, communication, side in cells:
+        size = max(len(compute), len(communication), len(side))
+        if len(row[0]) + size + 3 > width and len(row[0]) > 15:
+            lines += [*row, ""]
+            row = list(heads)
         fill = "." if communication and compute else " "
         if communication == "...":
             communication = ""
-        top += f" {compute:<{size}} |"
-        bottom += f" {communication}{' ' if communication and fill == '.' else ''}".ljust(size + 2, fill) + (
+        row[0] += f" {compute:<{size}} |"
+        row[1] += f" {communication}{' ' if communication and fill == '.' else ''}".ljust(size + 2, fill) + (
             "|" if fill == " " else "."
         )
-    return "\n".join([*lines, top, bottom])
+        if len(row) > 2:
+            row[2] += f" {side:<{size}} |"
+    return "\n".join([*lines, *row])

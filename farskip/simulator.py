@@ -1,8 +1,12 @@
 """Simulator: schedule + stage times -> timeline, exposed time, best placement. No torch.
 
-One lane computes, one lane communicates. A launch puts the collective behind those already on the communication lane;
-a wait stands still until it is done. Contention is left out: while both lanes are busy each runs at its full speed, so
-the exposed time given here is a lower bound for a real machine, and
+One lane computes, one lane communicates, and a schedule may have a side lane (`farskip.lanes`), whose waits hold nobody
+but itself. In forward a router in the side lane holds the host until it is done, because split sizes are host integers:
+what is issued after it starts later. (Not so with a fixed capacity: that needs no sizes.)
+
+A launch puts the collective behind those already on the communication lane; a wait stands still until it is done.
+Contention is left out: while several lanes are busy each runs at its full speed, so the exposed time given here is a
+lower bound for a real machine, and
 
     exposed = sum over collectives of max(0, communication - window)
 
@@ -16,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from farskip.earliest_start import Duration
+from farskip.lanes import SideStream
 from farskip.schedule import LAST_REDUCE, Do, Instruction, Placement, Schedule, Segment, Window, build_schedule
 from farskip.stage_graph import (
     ATTENTION_CORE,
@@ -98,7 +103,9 @@ class Timeline:
     Attributes:
         compute: spans of the compute lane, in order.
         communication: spans of the communication lane, in order.
-        exposed: time stood still at the wait of each collective.
+        side: spans of the side lane, in order.
+        exposed: time that compute stood still at the wait of each collective; none at waits in the side lane.
+        held: time that compute stood still for stages of the side lane, by the stage that it was to run.
         total: when everything is done.
     """
 
@@ -106,6 +113,8 @@ class Timeline:
     communication: tuple[Span, ...]
     exposed: Mapping[Key, float]
     total: float
+    side: tuple[Span, ...] = ()
+    held: Mapping[Key, float] = field(default_factory=dict)
 
     @property
     def exposed_total(self) -> float:
@@ -140,24 +149,38 @@ def simulate(steps: Sequence[Instruction], times: StageTimes, direction: str = "
         times: how long each stage takes.
         direction: ``forward`` or ``backward``: which of the times apply.
     """
-    now, link_free = 0.0, 0.0
-    compute, communication = [], []
+    free, link_free, issued = {False: 0.0, True: 0.0}, 0.0, 0.0  # by lane: False computes, True is the side lane
+    spans: dict[bool, list[Span]] = {False: [], True: []}
+    communication = []
     done_at: dict[Key, float] = {}
     exposed: dict[Key, float] = {}
+    held: dict[Key, float] = {}
     parts = Counter((step.key.layer, step.key.stage) for step in steps if step.do is not Do.WAIT)
     for step in steps:
         duration = times.of(step.key.stage, direction) / max(parts[step.key.layer, step.key.stage], 1)
         if step.do is Do.RUN:
-            compute.append(Span(step.key, now, now + duration))
-            now += duration
+            start = max(free[step.side], issued, done_at[step.behind] if step.behind is not None else 0.0)
+            if not step.side and start > free[False]:
+                held[step.key] = start - free[False]
+            free[step.side] = done_at[step.key] = start + duration
+            spans[step.side].append(Span(step.key, start, start + duration))
+            if step.side and step.key.stage == ROUTE and direction == "forward":
+                issued = free[True]
         elif step.do is Do.LAUNCH:
-            start = max(now, link_free)
+            start = max(free[step.side], issued, link_free)
             link_free = done_at[step.key] = start + duration
             communication.append(Span(step.key, start, link_free))
         else:
-            exposed[step.key] = max(0.0, done_at[step.key] - now)
-            now += exposed[step.key]
-    return Timeline(compute=tuple(compute), communication=tuple(communication), exposed=exposed, total=now)
+            exposed[step.key] = 0.0 if step.side else max(0.0, done_at[step.key] - free[False])
+            free[step.side] = max(free[step.side], done_at[step.key])
+    return Timeline(
+        compute=tuple(spans[False]),
+        communication=tuple(communication),
+        side=tuple(spans[True]),
+        exposed=exposed,
+        held=held,
+        total=max(free.values()),
+    )
 
 
 def choose_schedule(
@@ -166,6 +189,7 @@ def choose_schedule(
     *,
     segments: Sequence[Segment] | None = None,
     times: StageTimes | None = None,
+    side_stream: SideStream = SideStream.none,
 ) -> Schedule:
     """The schedule whose forward and backward together take the least simulated time.
 
@@ -177,15 +201,22 @@ def choose_schedule(
         mode: ``serial`` or ``overlapped``.
         segments: see `build_schedule`.
         times: measured or given stage times; relative defaults if None.
+        side_stream: see `build_schedule`.
     """
     if mode == "serial" or not graph.has_collectives:
-        return build_schedule(graph, mode, segments=segments)
+        return build_schedule(graph, mode, segments=segments, side_stream=side_stream)
     clock = times or StageTimes()
     if graph.is_sequence_parallel:
-        candidates = [build_schedule(graph, mode, segments=segments, duration=each) for each in _durations(clock)]
+        candidates = [
+            build_schedule(graph, mode, segments=segments, duration=each, side_stream=side_stream)
+            for each in _durations(clock)
+        ]
     else:
         tried = placements() if graph.chain is None else placements_beside_reductions(graph)
-        candidates = [build_schedule(graph, mode, segments=segments, placement=placement) for placement in tried]
+        candidates = [
+            build_schedule(graph, mode, segments=segments, placement=placement, side_stream=side_stream)
+            for placement in tried
+        ]
 
     def total(schedule: Schedule) -> float:
         forward = simulate(schedule.forward, clock, "forward").total
@@ -242,27 +273,52 @@ def explain(
 
     Returns:
         A table with one line per collective (its time, the compute between its launch and its wait, the simulated
-        exposed time, the stages in the window), and their sums.
+        exposed time, the stages in the window), and their sums. One that is waited for in the side lane hides under
+        compute up to where that waits for the side lane; how long it does stands in a line of its own.
     """
     timeline = simulate(steps, times, direction)
     took = {span.key: span.stop - span.start for span in timeline.compute}
     transfer = {span.key: span.stop - span.start for span in timeline.communication}
     open_windows: dict[Key, list[Key]] = {}
+    aside: list[tuple[int, Key]] = []  # waited for in the side lane, where in the list
+    position: dict[Key, int] = {}  # of stages and launches of the side lane
     rows: list[tuple[str, ...]] = [("collective", "transfer", "window", "exposed", "hides under")]
-    for step in steps:
+
+    def close(key: Key) -> None:
+        inside = open_windows.pop(key)
+        names = ", ".join(str(stage) for stage in inside) or "nothing"
+        cells = (transfer[key], sum(took[stage] for stage in inside), timeline.exposed[key])
+        rows.append((str(key), *(f"{cell:.2f}" for cell in cells), names))
+
+    def close_aside(number: int) -> None:
+        """Compute has waited for what was issued in the side lane up to here."""
+        for waited, key in tuple(aside):
+            if waited < number:
+                aside.remove((waited, key))
+                close(key)
+
+    for number, step in enumerate(steps):
+        if step.side and step.do is not Do.WAIT:
+            position[step.key] = number
         if step.do is Do.LAUNCH:
             open_windows[step.key] = []
-        elif step.do is Do.RUN:
+        elif step.do is Do.WAIT and step.side:
+            aside.append((number, step.key))
+        elif step.do is Do.WAIT:
+            close_aside(position.get(step.key, -1))
+            close(step.key)
+        elif not step.side:
+            if step.behind is not None:
+                close_aside(position[step.behind])
             for inside in open_windows.values():
                 inside.append(step.key)
-        else:
-            inside = open_windows.pop(step.key)
-            window = sum(took[key] for key in inside)
-            names = ", ".join(str(key) for key in inside) or "nothing"
-            cells = (transfer[step.key], window, timeline.exposed[step.key])
-            rows.append((str(step.key), *(f"{cell:.2f}" for cell in cells), names))
+    close_aside(len(steps))
     hidden = timeline.communication_total - timeline.exposed_total
     share = f"{100 * hidden / timeline.communication_total:.0f} % hidden" if timeline.communication_total else "none"
+    if timeline.side:
+        share = "of compute's own waits"
+        held = sum(timeline.held.values())
+        rows.append(("side lane", "", "", f"{held:.2f}", "compute stood still for it, or for the host that it held"))
     rows.append(("sum", f"{timeline.communication_total:.2f}", "", f"{timeline.exposed_total:.2f}", share))
     if layers is not None:
         rows = [row for row in rows if "." not in row[0] or int(row[0].rpartition(".")[2]) in layers]

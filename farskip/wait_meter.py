@@ -19,10 +19,18 @@ class WaitMeter:
     def __init__(self) -> None:
         self._seconds = 0.0
         self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._left_out: list[torch.cuda.Stream] = []
+
+    def leave_out(self, stream: torch.cuda.Stream) -> None:
+        """Count no wait of this stream: nothing computes on it that has to be on time."""
+        self._left_out.append(stream)
 
     def timed(self, wait: Callable[[], object], device: torch.device) -> None:
         """Call `wait`, and count how long it keeps a device's current stream, or on CPU the host."""
         if device.type == "cuda":
+            if self._left_out and torch.cuda.current_stream(device) in self._left_out:
+                wait()
+                return
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             wait()

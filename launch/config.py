@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from farskip.data_config import DataConfig
+from farskip.lanes import SideStream
 from farskip.training_config import CheckpointConfig, HeldoutConfig, OptimizerConfig, TrainingConfig
 
 
@@ -82,6 +83,9 @@ class ParallelConfig:
     """overlapped: collectives run under compute; serial: each is waited for at once. Same function, same bits."""
     warmup_steps: int = 2
     """Steps that measure the stages before training, to choose the overlapped schedule by; 0: by relative defaults."""
+    side_stream: SideStream = SideStream.none
+    """Stages of an overlapped schedule that run on a CUDA stream beside compute: none, merge (the sum of the rows that
+    came back) or merge_and_route (and the next router). Same bits. No GPU has measured it yet; on CPU no effect."""
     chunks: int = 1
     """Parts into which each layer's tokens are cut on their way, so that exchanges also hide under routed experts, and
     with sequence_parallel under MLPs and shared experts."""
@@ -114,6 +118,11 @@ class ParallelConfig:
             raise ValueError(
                 "parallel.sequence_parallel=true with parallel.tp=1 has no ranks to share tokens among; set tp to 2 or "
                 "more, or sequence_parallel=false"
+            )
+        if self.side_stream is not SideStream.none and self.tp > 1:
+            raise ValueError(
+                f"parallel.side_stream={self.side_stream} with parallel.tp={self.tp}: there a merge feeds a sum over "
+                "the ranks, whose place is among those of compute; set side_stream=none or tp=1"
             )
         if not self.link.bandwidth_gbit_s > 0:
             raise ValueError(f"parallel.link.bandwidth_gbit_s={self.link.bandwidth_gbit_s} must be above 0")

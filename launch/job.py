@@ -17,6 +17,7 @@ from farskip.checkpoint import CheckpointStore, latest_checkpoint, read_manifest
 from farskip.data import TextData, build_data, build_tokenizer
 from farskip.data_config import DataConfig
 from farskip.evaluation import Evaluation, autocast, evaluate
+from farskip.lanes import SideStream
 from farskip.launch.config import BalanceConfig, LinkKind, ParallelConfig, Recompute
 from farskip.launch.ranks import Ranks
 from farskip.launch.run_folder import STAGE_TIMES, write_config, write_text
@@ -127,6 +128,7 @@ def spread(parallel: ParallelConfig, mesh: DeviceMesh) -> Spread:
         "chunks": parallel.chunks,
         "capacity": parallel.capacity or None,
         "sequence_parallel": parallel.sequence_parallel,
+        "side_stream": parallel.side_stream.value,
     }
 
 
@@ -150,6 +152,8 @@ def prepare(
     assert attachment is not None
     if mesh is not None and attachment.mesh is None:
         parallelize(model, mesh, **spread(parallel, mesh))
+    if parallel.side_stream is not SideStream.none and ranks.rank == 0 and not frozen and ranks.device == "cpu":
+        print(f"side stream: {parallel.side_stream} has no effect on CPU, which has no streams", flush=True)
     use_kernels(model, parallel.kernels.value)
     if ranks.rank == 0 and not frozen:
         with autocast(torch.device(ranks.device), precision):

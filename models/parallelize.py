@@ -43,6 +43,7 @@ class Spread(TypedDict, total=False):
     capacity: int | None
     times: StageTimes | None
     sequence_parallel: bool
+    side_stream: str
 
 
 def parallelize(
@@ -56,6 +57,7 @@ def parallelize(
     capacity: int | None = None,
     times: StageTimes | None = None,
     sequence_parallel: bool = False,
+    side_stream: str = "none",
     already_cut: bool = False,
 ) -> Model:
     """Spread the routed experts over the ``ep`` axis of a mesh, and cut the other sub-blocks over its ``tp`` axis.
@@ -73,6 +75,8 @@ def parallelize(
         times: stage times that rank 0 chooses the schedule by.
         sequence_parallel: each rank of ``tp`` holds the stream of its share of the tokens only; norms and adds stand
             between reduce-scatter and all-gather instead of behind an all-reduce. Another bracketing of the same sums.
+        side_stream: which stages of an overlapped schedule run on a CUDA stream of their own beside compute: ``none``,
+            ``merge`` or ``merge_and_route`` (`farskip.lanes`). The same bits; on CPU they run in place.
         already_cut: the parameters are this rank's slices already, as `farskip.load` reads them.
 
     Returns:
@@ -80,8 +84,8 @@ def parallelize(
 
     Raises:
         ValueError: unknown family, experts that ``ep`` does not divide, heads or widths that ``tp`` does not divide, a
-            model that is parallel already, sequence parallelism without ``tp``, or ranks that disagree about the
-            wiring. The model is untouched.
+            model that is parallel already, sequence parallelism without ``tp``, a side stream with ``tp`` or without
+            rows that travel, or ranks that disagree about the wiring. The model is untouched.
     """
     family = family_of_model(model)
     previous = attachment_of(model)
@@ -109,9 +113,19 @@ def parallelize(
         tensor_link = tensor_link or ProcessGroupLink(axis_group(mesh, TP_AXIS))
         tensor_parallel = TensorParallelRanks(tensor_link, sequence_parallel=sequence_parallel, chunks=chunks)
     settings = {"chunks": chunks, "capacity": capacity, "sequence_parallel": sequence_parallel}
-    _refuse_disagreement({"wiring": wiring.to_dict(), **settings})
+    _refuse_disagreement({"wiring": wiring.to_dict(), **settings, "side_stream": side_stream})
     mode, times = _agree((schedule, times))
-    executor = Executor(blocks, wiring, dispatcher=dispatcher, tensor_parallel=tensor_parallel, mode=mode, times=times)
+    executor = Executor(
+        blocks,
+        wiring,
+        dispatcher=dispatcher,
+        tensor_parallel=tensor_parallel,
+        mode=mode,
+        times=times,
+        side_stream=side_stream,
+    )
+    if dispatcher is not None:
+        executor.wait_meter = dispatcher.link.meter
     executor.set_schedule(type(executor.schedule()).from_dict(_agree(executor.schedule().to_dict())))
     if previous is not None:
         executor.observers, executor.routing_hook = previous.executor.observers, previous.executor.routing_hook

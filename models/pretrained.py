@@ -54,7 +54,7 @@ def load(
         mesh: spread the experts over its ``ep`` axis, and cut the other sub-blocks over its ``tp`` axis (see
             `parallelize`).
         spread: with a mesh, further settings of `parallelize`: ``schedule``, ``chunks``, ``capacity``,
-            ``sequence_parallel``, ``link``, ``tensor_link``, ``times``.
+            ``sequence_parallel``, ``side_stream``, ``link``, ``tensor_link``, ``times``.
 
     Returns:
         The transformers model, in evaluation mode.

@@ -45,10 +45,12 @@ def rewire(model: Model, wiring: str | Wiring = "farskip", layers: str | Sequenc
         tensor_parallel=previous.executor.tensor_parallel if previous else None,
         mode=previous.executor.mode if previous else "overlapped",
         times=previous.executor.times if previous else None,
+        side_stream=previous.executor.side_stream if previous else "none",
     )
     if previous is not None:
         executor.observers = previous.executor.observers
         executor.routing_hook = previous.executor.routing_hook
+        executor.wait_meter = previous.executor.wait_meter
     attach(model, executor)
     return model
 

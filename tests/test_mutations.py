@@ -80,6 +80,8 @@ SHARES = "farskip/test_token_shards.py"
 SHARDED = "farskip/test_sharded_executor.py"
 SEQUENCE_GRID = "models/test_sequence_parallel.py"
 TENSOR_LINKS = "parallel/test_tensor_parallel.py"
+LANES = "farskip/test_lanes.py"
+SIDE_STREAM = "farskip/test_side_stream.py"
 
 
 def slowest_link(wiring: str = "farskip") -> Catch:
@@ -128,6 +130,20 @@ def sequence_point(**changes: Any) -> Catch:
 SHARES_ON_LATE_LINKS = Catch(
     TENSOR_LINKS, "test_a_model_over_a_late_link_keeps_its_bits", ({"sequence_parallel": True},)
 )
+
+
+def aside(side_stream: str = "merge_and_route") -> Catch:
+    """Of every placement, by a book of what two streams could race for."""
+    name = "test_every_placement_gives_the_bits_of_serial_without_a_race"
+    return Catch(SIDE_STREAM, name, (FARSKIP_WIRING, False, side_stream))
+
+
+def lanes_of(test: str, *arguments: Any) -> Catch:
+    from farskip.lanes import SideStream
+
+    return Catch(LANES, test, (*arguments, SideStream.merge_and_route))
+
+
 TWO_ENDS = Catch(EARLIEST, "test_ladder_in_two_chunks_exposes_only_the_two_ends", (1.0, 0.25))
 REDUCES_UNDER_WAY = "test_all_reduces_are_under_way_exactly_while_the_schedule_says_so"
 FORWARD_UNDER_WAY = Catch(REDUCED, REDUCES_UNDER_WAY, ("ladder", "overlapped", "forward"))
@@ -449,6 +465,139 @@ MUTATIONS = [
         "if norm._forward_hooks or",
         "if",
         Catch(STREAM_KERNELS, "test_a_hook_on_a_norm_is_called"),
+    ),
+    # the side lane
+    Mutation(
+        "what is put aside is issued beside compute",
+        _CORE + "executor:_SegmentRun._advance",
+        "with self._lane.entered():",
+        "with nullcontext():",
+        aside(),
+    ),
+    Mutation(
+        "a lane does not wait for values of the other",
+        _CORE + "residual:Residual._take",
+        "self._lane.read(self._marks[value], alias)",
+        "self._lane.keep(alias)",
+        aside(),
+    ),
+    Mutation(
+        "values of the other lane are not kept",
+        _CORE + "residual:Residual._take",
+        "self._lane.read(self._marks[value], alias)",
+        "self._lane.read(self._marks[value])",
+        aside(),
+    ),
+    Mutation(
+        "a lane takes rows without going behind the one that launched them",
+        _CORE + "executor:_SegmentRun._wait",
+        "self._lane.read(self._marks.pop(key))",
+        "self._marks.pop(key)",
+        aside(),
+    ),
+    Mutation("rows that crossed are not kept", _FINISH, "self._keep(*tensors)", "self._keep(*tensors[1:])", aside()),
+    Mutation("rows that were sent are not kept", _FINISH, "self._keep(*tensors)", "self._keep(tensors[0])", aside()),
+    Mutation(
+        "gradients of rows that crossed are not kept",
+        _FINISH,
+        "self._keep(*tensors)",
+        "backward or self._keep(*tensors)",
+        aside(),
+    ),
+    Mutation(
+        "experts do not keep their plan",
+        _CORE + "executor:_SegmentRun._experts",
+        "self._lane.keep(plan.expert_R)",
+        "pass",
+        aside(),
+    ),
+    Mutation(
+        "merge does not keep its plans",
+        _CORE + "executor:_SegmentRun._merge",
+        "self._lane.keep(*tensors_in((plans, self._routing[key.layer])))",
+        "pass",
+        aside("merge"),
+    ),
+    Mutation(
+        "a segment is recomputed in the lane that asks for it",
+        _CORE + "executor:Executor.run_segment",
+        "nullcontext() if lane is None else lane.at(home)",
+        "nullcontext()",
+        Catch(
+            SIDE_STREAM,
+            "test_chunks_segments_and_recomputation_give_the_bits_of_overlapped_without_a_race",
+            (FARSKIP_WIRING, True, "merge_and_route"),
+        ),
+    ),
+    Mutation(
+        "a stream waits for no mark of another",
+        _CORE + "side_stream:CudaSideLane.read",
+        "mark.stream == here",
+        "True",
+        Catch(SIDE_STREAM, "test_a_read_waits_for_the_other_stream_and_keeps_what_it_reads"),
+    ),
+    Mutation(
+        "a stream does not keep what it reads of another",
+        _CORE + "side_stream:CudaSideLane.read",
+        "self.keep(*tensors)",
+        "pass",
+        Catch(SIDE_STREAM, "test_a_read_waits_for_the_other_stream_and_keeps_what_it_reads"),
+    ),
+    Mutation(
+        "what a stream keeps is not marked",
+        _CORE + "side_stream:CudaSideLane.keep",
+        "tensor.record_stream(here)",
+        "pass",
+        Catch(SIDE_STREAM, "test_a_read_waits_for_the_other_stream_and_keeps_what_it_reads"),
+    ),
+    Mutation(
+        "nobody waits for a recomputation on another stream",
+        _CORE + "side_stream:CudaSideLane.at",
+        "here.wait_stream(mark.stream)",
+        "pass",
+        Catch(SIDE_STREAM, "test_a_recomputation_goes_home_and_whoever_asked_for_it_waits"),
+    ),
+    Mutation(
+        "what the side stream waits for counts as exposed",
+        _CORE + "wait_meter:WaitMeter.timed",
+        "torch.cuda.current_stream(device) in self._left_out",
+        "False",
+        Catch(SIDE_STREAM, "test_the_meter_counts_what_compute_waits_for_and_not_what_the_side_lane_waits_for"),
+    ),
+    Mutation(
+        "no stage goes behind one of the other lane",
+        _CORE + "lanes:put_aside",
+        "position[behind] <= waited_for[side]",
+        "True",
+        lanes_of("test_what_needs_a_stage_of_the_other_lane_is_behind_it", FARSKIP_WIRING),
+    ),
+    Mutation(
+        "compute does not go behind a router that may have formed its sum",
+        _CORE + "lanes:put_aside",
+        "last_router if key.stage in _READS_STREAM else ()",
+        "()",
+        Catch(LANES, "test_compute_that_reads_the_stream_goes_behind_the_router_before_it"),
+    ),
+    Mutation(
+        "a segment begins before the side lane of the one before it has ended",
+        _CORE + "lanes:put_aside",
+        "needed += edge[not side]",
+        "pass",
+        lanes_of("test_a_segment_begins_behind_both_lanes_of_the_one_before_it"),
+    ),
+    Mutation(
+        "backward forgets what goes behind what",
+        _CORE + "schedule:mirror",
+        "behind.get(step.key) if step.do is Do.RUN else None",
+        "None",
+        lanes_of("test_a_side_lane_changes_no_order", FARSKIP_WIRING),
+    ),
+    Mutation(
+        "a wait in the side lane holds compute",
+        _CORE + "simulator:simulate",
+        "free[step.side] = max(free[step.side], done_at[step.key])",
+        "free[False] = max(free[False], done_at[step.key])",
+        lanes_of("test_three_lanes_do_one_thing_at_a_time_and_account_for_all_time", FARSKIP_WIRING),
     ),
     # backward order
     Mutation(
@@ -1158,8 +1307,8 @@ MUTATIONS = [
     Mutation(
         "the simulated link carries everything at once",
         _CORE + "simulator:simulate",
-        "max(now, link_free)",
-        "now",
+        "max(free[step.side], issued, link_free)",
+        "max(free[step.side], issued)",
         Catch(SIMULATOR, "test_lanes_do_one_thing_at_a_time", ("attn_only",)),
     ),
 ]
@@ -1212,7 +1361,7 @@ def load(path: str) -> ModuleType:
 def call(catch: Catch) -> None:
     """Run the test. Arguments that are positions in a list of the test file are looked up there."""
     module, arguments = load(catch.path), list(catch.arguments)
-    if catch.path in (EXECUTOR, SCHEDULE, RESIDUAL):
+    if catch.path in (EXECUTOR, SCHEDULE, RESIDUAL, LANES, SIDE_STREAM):
         lists = [values for values in (getattr(module, "WIRINGS", None), getattr(module, "MIXES", None)) if values]
         names = list(inspect.signature(getattr(module, catch.function)).parameters)
         for position, name in enumerate(names[: len(arguments)]):

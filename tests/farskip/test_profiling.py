@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from farskip.lanes import SideStream
 from farskip.metrics import StepReport
 from farskip.profiling import StepTracer, TraceSession, range_name
 from farskip.schedule import Do, Instruction, build_schedule
@@ -98,6 +99,20 @@ def test_a_trace_has_every_range_in_order(tmp_path: Path) -> None:
     assert [event["name"] for event in events] == [range_name(*each) for each in instructions()]
     assert executor.observers == []
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json.gz"]
+
+
+def test_a_plan_with_a_side_lane_is_matched_line_by_line(tmp_path: Path) -> None:
+    """Ranges have the schedule's names, in whichever lane an instruction is issued."""
+    blocks = (DENSE, MOE_SHARED, MOE, MOE_SHARED)
+    graph = build_stage_graph(Wiring.named("farskip", 4).resolve(blocks), expert_parallel=True)
+    schedule = build_schedule(graph, "overlapped", side_stream=SideStream.merge_and_route)
+    steps = [(one, "forward") for one in schedule.forward] + [(one, "backward") for one in schedule.backward]
+    executor = FakeExecutor(steps)
+    with TraceSession(executor, tmp_path / "trace.json"):  # type: ignore[arg-type]
+        executor.step()
+    (tmp_path / "schedule.json").write_text(json.dumps(schedule.to_dict()))
+    (rank,) = inspect([tmp_path / "trace.json"], schedule=tmp_path / "schedule.json").ranks
+    assert {line.status for line in rank.plan} == {"as planned"} and len(rank.plan) == len(steps)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".json.gz"])

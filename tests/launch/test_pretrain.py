@@ -240,6 +240,10 @@ BAD = {
         ["parallel.sequence_parallel=true"],
         "parallel.sequence_parallel=true with parallel.tp=1 has no ranks to share tokens among; set tp to 2 or more",
     ),
+    "a side stream beside sums over ranks": (
+        ["parallel.side_stream=merge", "parallel.tp=2"],
+        "parallel.side_stream=merge with parallel.tp=2: there a merge feeds a sum over the ranks",
+    ),
     "bandwidth": (["parallel.link.bandwidth_gbit_s=0"], "parallel.link.bandwidth_gbit_s=0.0 must be above 0"),
     "a NaN": (["training.optimizer.learning_rate=1e30", "training.num_steps=3"], "step "),
     "heads": (["model.config.num_attention_heads=3"], "model.config.num_attention_heads=3 is no multiple of num_key_"),

@@ -371,10 +371,13 @@ def test_torchrun(workshop: Any, pretrained: Runs, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_with_a_capacity(workshop: Any, tmp_path: Path) -> None:
-    words = workshop.pretrain(tmp_path / "run", "wiring.name=farskip", "parallel.capacity=2", "training.num_steps=2")
+    more = ["parallel.capacity=2", "parallel.side_stream=merge_and_route", "training.num_steps=2"]
+    words = workshop.pretrain(tmp_path / "run", "wiring.name=farskip", *more)
     done = subprocess.run(torchrun(*words), cwd=tmp_path, env=torchrun_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert done.stdout.count("side stream: merge_and_route has no effect on CPU, which has no streams") == 1
+    assert "side          |" in (tmp_path / "run" / "schedule.txt").read_text()
     shares = [line["dispatch/dropped_share"] for line in lines if "dispatch/dropped_share" in line]
     assert len(shares) == 2 and all(0 < share < 1 for share in shares)
 

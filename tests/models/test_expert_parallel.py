@@ -42,6 +42,7 @@ class Setting:
     routing: str = "free"
     accumulation: int = 1
     kernels: str = "off"
+    side_stream: str = "none"
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -92,7 +93,9 @@ def parallel_step(setting: Setting, mode: str, link_kind: type[ProcessGroupLink]
     """The step of this rank under expert parallelism."""
     mesh = build_mesh(setting.ep)
     link = link_kind(mesh.get_group(EP_AXIS))
-    model = parallelize(base_model(setting), mesh, mode, link=link, chunks=setting.chunks)
+    model = parallelize(
+        base_model(setting), mesh, mode, link=link, chunks=setting.chunks, side_stream=setting.side_stream
+    )
     attachment = attachment_of(model)
     assert attachment is not None
     data_parallel = DataParallel(mesh, dict(model.named_parameters()), sharded=attachment.sharded_experts, links=[link])
@@ -147,6 +150,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "routing": ("free", "balanced", "one_expert", "idle_expert", "idle_rank"),
     "accumulation": (1, 2),
     "kernels": ("off", "reference"),
+    "side_stream": ("none", "merge", "merge_and_route"),
 }
 
 
@@ -155,6 +159,8 @@ def pairwise_settings() -> list[Setting]:
     found = []
     for point in pairwise(DIMENSIONS):
         world, ep = point.pop("size")
+        if ep == 1:
+            point["side_stream"] = "none"  # no rows travel, so there is nothing to put aside
         found.append(Setting(world=world, ep=ep, **point))
     return found
 
@@ -295,7 +301,11 @@ def test_a_parallel_model_is_saved_whole_and_loaded_in_slices(rank_pool: "RankPo
 def rewired_afterwards() -> None:
     setting = Setting(world=2, ep=2)
     mesh, ids = build_mesh(2), token_ids(2, 5, seed=dist.get_rank())
-    late = rewire(parallelize(base_model(replace(setting, wiring="ordinary")), mesh), "farskip")
+    ordinary = parallelize(base_model(replace(setting, wiring="ordinary")), mesh, side_stream="merge")
+    late = rewire(ordinary, "farskip")
+    attachment = attachment_of(late)
+    assert attachment is not None and attachment.executor.wait_meter is not None
+    assert attachment.executor.side_stream == "merge", "it is lost with the old executor"
     early = parallelize(base_model(setting), mesh)
     assert_equal_bits(late(ids).logits, early(ids).logits)
 
@@ -323,6 +333,7 @@ def refusals() -> dict[str, str]:
     before = {name: parameter.shape for name, parameter in model.named_parameters()}
     attempt("experts", lambda: parallelize(model, mesh))
     attempt("mode", lambda: parallelize(base_model(Setting()), build_mesh(1), "overlaped"))
+    attempt("side stream", lambda: parallelize(base_model(Setting()), build_mesh(1), side_stream="merge"))
     attempt("family", lambda: parallelize(torch.nn.Linear(2, 2), mesh))
     assert {name: parameter.shape for name, parameter in model.named_parameters()} == before
     spread = parallelize(base_model(Setting()), build_mesh(1))
@@ -338,6 +349,7 @@ def test_mistakes_are_refused_on_every_rank(rank_pool: "RankPool") -> None:
         assert "expert parallelism of 3 does not divide 8 experts" in said["experts"]
         assert "'overlaped' is unknown; use overlapped" in said["mode"]
         assert "'Linear' is not supported" in said["family"]
+        assert "side_stream='merge' has nothing to put aside: no rows travel" in said["side stream"]
         assert "parallel already" in said["twice"]
         assert "wiring" in said.get("wiring", "nothing"), f"rank {rank} did not hear of it: {said}"
         assert not any("\n" in text for text in said.values())

@@ -78,8 +78,9 @@ def check_recorder(outcome: Outcome, *, runs_again: bool, times: int = 1) -> Non
     assert attachment is not None
     schedule = attachment.executor.schedule(attachment.segments(recompute=runs_again))
     again = [each for segment in reversed(schedule.segments) for each in schedule.of_segment(segment)]
-    assert outcome.recorder.forward == [*schedule.forward, *(again if runs_again else [])] * times
-    assert outcome.recorder.backward == list(schedule.backward) * times
+    forward = [step.bare for step in (*schedule.forward, *(again if runs_again else []))]
+    assert outcome.recorder.forward == forward * times
+    assert outcome.recorder.backward == [step.bare for step in schedule.backward] * times
 
 
 def check_bits(serial: Outcome, overlapped: Outcome) -> None:

@@ -59,13 +59,17 @@ def test_it_takes_as_long_as_the_wire_and_compute_runs_meanwhile() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("wiring", ["ordinary", "farskip", "ladder"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_serial_and_overlapped_are_equal_in_bits(family: str, wiring: str) -> None:
+@pytest.mark.parametrize("side_stream", ["none", "merge", "merge_and_route"])
+def test_serial_and_overlapped_are_equal_in_bits(side_stream: str, family: str, wiring: str) -> None:
     found = []
     for mode in ("serial", "overlapped"):
         model = rewire(tiny_model(family), wiring).cuda()
         link = PacedCopyLink(torch.device("cuda"), bandwidth_gbyte_s=0.05, latency_us=200.0)
         blocks = [family_of_model(model).sub_blocks(layer) for layer in layers_of(model)]
-        attach(model, Executor(blocks, wiring_of(model), dispatcher=AllToAllDispatcher(link, 8), mode=mode))
+        dispatcher = AllToAllDispatcher(link, 8)
+        executor = Executor(blocks, wiring_of(model), dispatcher=dispatcher, mode=mode, side_stream=side_stream)
+        executor.wait_meter = link.meter
+        attach(model, executor)
         logits, gradients = run_backward(model, token_ids(2, 9).cuda(), use_cache=False)
         found.append({"logits": logits, **gradients})
     assert_equal_bits(found[1], found[0])
