@@ -357,8 +357,8 @@ MUTATIONS = [
     Mutation(
         "a stream that leaves a segment is normed there",
         _CORE + "fusion:plan_fusions",
-        "layer + 1 == stop, layer in landed",
-        "layer + 1 == len(inputs), layer in landed",
+        "leaves = layer + 1 == stop",
+        "leaves = layer + 1 == len(inputs)",
         Catch(FUSION, "test_what_leaves_a_segment_is_plain"),
     ),
     Mutation(
@@ -477,14 +477,14 @@ MUTATIONS = [
     Mutation(
         "a lane does not wait for values of the other",
         _CORE + "residual:Residual._take",
-        "self._lane.read(self._marks[value], alias)",
-        "self._lane.keep(alias)",
+        "self._lane.read(self._marks[value], *tensors_in(alias))",
+        "self._lane.keep(*tensors_in(alias))",
         aside(),
     ),
     Mutation(
         "values of the other lane are not kept",
         _CORE + "residual:Residual._take",
-        "self._lane.read(self._marks[value], alias)",
+        "self._lane.read(self._marks[value], *tensors_in(alias))",
         "self._lane.read(self._marks[value])",
         aside(),
     ),
@@ -514,7 +514,7 @@ MUTATIONS = [
     Mutation(
         "merge does not keep its plans",
         _CORE + "executor:_SegmentRun._merge",
-        "self._lane.keep(*tensors_in((plans, self._routing[key.layer])))",
+        "self._lane.keep(*tensors_in((plans, routing)))",
         "pass",
         aside("merge"),
     ),
