@@ -14,6 +14,9 @@ import torch
 
 BACKENDS = ("reference", "triton")
 
+# Once, at import: torch.compile of torch 2.11 cannot trace the question.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def choose_backend(backend: str | None, tensor: torch.Tensor) -> str:
     """Name the implementation that will run on a tensor.
@@ -56,7 +59,7 @@ def _check_triton(tensor: torch.Tensor) -> None:
 
 def triton_installed() -> bool:
     """Whether triton can be imported; does not import it."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 def _interpreting() -> bool:

@@ -7,7 +7,7 @@ logit. The rule itself is specified in `route_reference.py`.
 Legend: T tokens, E experts, K experts per token.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -97,8 +97,9 @@ def route(
     )
     _check(logits, bias, rule)
     backend = choose_backend(backend, logits)
+    settings = [getattr(rule, each) for each in _SETTINGS]
     weights, experts, counts, aux_loss, z_loss = _route(
-        logits.contiguous(), None if bias is None else bias.detach().contiguous(), *asdict(rule).values(), backend
+        logits.contiguous(), None if bias is None else bias.detach().contiguous(), *settings, backend
     )
     return Routing(weights=weights, experts=experts, counts=counts, aux_loss=aux_loss, z_loss=z_loss)
 
@@ -130,6 +131,10 @@ def _check(logits: Tensor, bias: Tensor | None, rule: RouteRule) -> None:
 
 def _shape(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+# Once, at import: torch.compile of torch 2.11 cannot trace the question.
+_SETTINGS = tuple(field.name for field in fields(RouteRule))
 
 
 @torch.library.custom_op("farskip::route", mutates_args=())

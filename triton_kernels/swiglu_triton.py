@@ -24,11 +24,11 @@ def _load_halves(h_ptr, row, start, live, num_cols, INTERLEAVED: tl.constexpr, R
     mask = live[:, None] & (col < num_cols)[None, :]
     if INTERLEAVED:
         pair = start * 2 + tl.arange(0, 2 * BLOCK)
-        at = row[:, None] * (2 * num_cols) + pair[None, :]
+        at = row[:, None] * num_cols * 2 + pair[None, :]
         both = tl.load(h_ptr + at, mask=live[:, None] & (pair < 2 * num_cols)[None, :], other=0.0).to(tl.float32)
         gate, up = tl.split(tl.reshape(both, [ROWS, BLOCK, 2]))
     else:
-        at = row[:, None] * (2 * num_cols) + col[None, :]
+        at = row[:, None] * num_cols * 2 + col[None, :]
         gate = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(h_ptr + at + num_cols, mask=mask, other=0.0).to(tl.float32)
     return gate, up
@@ -125,10 +125,10 @@ def swiglu_backward_kernel(
         if INTERLEAVED:
             pair = start * 2 + tl.arange(0, 2 * BLOCK)
             both = to_storage(tl.reshape(tl.join(grad_gate, grad_up), [ROWS, 2 * BLOCK]), dtype)
-            pair_at = row[:, None] * (2 * num_cols) + pair[None, :]
+            pair_at = row[:, None] * num_cols * 2 + pair[None, :]
             tl.store(grad_h_ptr + pair_at, both, mask=inside[:, None] & (pair < 2 * num_cols)[None, :])
         else:
-            half_at = row[:, None] * (2 * num_cols) + col[None, :]
+            half_at = row[:, None] * num_cols * 2 + col[None, :]
             stored = inside[:, None] & (col < num_cols)[None, :]
             tl.store(grad_h_ptr + half_at, to_storage(grad_gate, dtype), mask=stored)
             tl.store(grad_h_ptr + half_at + num_cols, to_storage(grad_up, dtype), mask=stored)

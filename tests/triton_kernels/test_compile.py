@@ -3,6 +3,7 @@
 Shapes are DeepSeek-V3's (hidden 7168, 256 experts, 8 per token) unless a case says otherwise.
 """
 
+import importlib.metadata
 import json
 import os
 import re
@@ -239,8 +240,17 @@ SERVES_NARROW = {"route_sums", "count_slots", "place_slots"}
 WIDE = set(CASES) - SERVES_NARROW
 
 
-KNOWN_SPILLS = {("release_both_backward_wide", "sm_90"): 24}
-"""Bytes. Two norms of fp32 rows of 7168 at once, two accumulators among them: 24 with Triton 3.7; docs/kernels.md."""
+KNOWN_SPILLS = {
+    ("release_both_backward_wide", "sm_90"): {(3, 6): 24, (3, 9): 40},
+    ("release_router_backward_wide", "sm_90"): {(3, 6): 0, (3, 9): 8},
+}
+"""Bytes, from a version of Triton on: fp32 rows of 7168 with accumulators beside them; docs/kernels.md."""
+
+
+def known_spill(name: str, target: str) -> int:
+    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    since = KNOWN_SPILLS.get((name, target), {})
+    return max(((first, spill) for first, spill in since.items() if first <= version), default=((0, 0), 0))[1]
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +271,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", list(CASES))
 def test_no_spill_and_no_atomics(figures: dict[str, Any], name: str, target: str) -> None:
-    assert figures[name][target]["spill"] <= KNOWN_SPILLS.get((name, target), 0)
+    assert figures[name][target]["spill"] <= known_spill(name, target)
     assert figures[name][target]["atomics"] == 0
 
 

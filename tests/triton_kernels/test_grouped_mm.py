@@ -159,7 +159,8 @@ def test_no_expert_output_is_kept() -> None:
     tensors, dispatch = layer(torch.float32)
     _, _, down, weights = (t.requires_grad_() for t in tensors)
     activations = torch.randn(len(dispatch.src), 12, requires_grad=True)
-    node = down_combine(activations, down, dispatch, weights).grad_fn
+    output = down_combine(activations, down, dispatch, weights)
+    node = output.grad_fn
     assert node is not None
     assert (len(dispatch.src), 8) not in [tuple(t.shape) for t in node.saved_tensors]  # type: ignore[attr-defined]
 
