@@ -93,6 +93,8 @@ def ask(options: argparse.Namespace) -> Question:
     sequence = options.tokens if options.sequence is None else options.sequence
     if not 1 <= sequence <= options.tokens:
         raise ValueError(f"--sequence {sequence} is outside 1..{options.tokens}, the tokens of a step")
+    if options.chunks > options.tokens:
+        raise ValueError(f"--chunks {options.chunks} of --tokens {options.tokens} would have no token each")
     if options.chunks > 1 and options.ep < 2 and not options.sequence_parallel:
         raise ValueError(f"--chunks {options.chunks}: nothing travels in chunks without --ep or --sequence-parallel")
     if not 0 <= options.contention < math.inf:
