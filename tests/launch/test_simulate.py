@@ -370,3 +370,16 @@ def test_an_unknown_flag(farskip_command: Call, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit, match="2"):
         farskip_command(["simulate", "--bandwith", "5"])
     assert "unrecognized arguments: --bandwith 5" in capsys.readouterr().err
+
+
+def test_what_all_is_compared_with_is_said_where_it_is_not_the_usual(tmp_path: Path, farskip_command: Call) -> None:
+    stages = ["attention_norm", "attention_in", "attention_core", "mlp_norm", "mlp"]
+    stages += ["gather_attention", "scatter_attention", "gather_mlp", "scatter_mlp"]
+    path = tmp_path / "times.json"
+    path.write_text(json.dumps({"forward": dict.fromkeys(stages, 1.0)}))
+    words = ["simulate", "--num-layers", "2", "--tp", "2", "--sequence-parallel", "--times", str(path)]
+    code, out, _ = farskip_command(words)
+    assert code == 0
+    assert "\nbaseline    in the same chunks and shares of tokens: no time for reduce_attention, reduce_mlp" in out
+    code, out, _ = farskip_command([*words, "--hidden", "64", "--link", "1GB/s"])
+    assert code == 0 and "\nbaseline" not in out
