@@ -126,10 +126,11 @@ def _files(folder: Path, blocks: list[LayerBlocks], model: Any) -> list[Finding]
         if here != there:
             text = f"layer {layer} has tensors of {' + '.join(here)}, config.json says {' + '.join(there)}; correct it"
             return [error("files", text)]
+    in_files = stored.tensors
     for name, tensor in model.state_dict().items():
-        there = stored.tensors.get(name)  # experts, and what transformers renames as it loads, have other names
-        if there is not None and there.dtype in _PLAIN_NUMBERS and there.shape != tuple(tensor.shape):
-            text = f"{name} is {list(there.shape)}, config.json makes it {list(tensor.shape)}; correct it"
+        known = in_files.get(name)  # experts, and what transformers renames as it loads, have other names
+        if known is not None and known.dtype in _PLAIN_NUMBERS and known.shape != tuple(tensor.shape):
+            text = f"{name} is {list(known.shape)}, config.json makes it {list(tensor.shape)}; correct it"
             return [error("files", text)]
     return [ok("files", f"{len(stored.files)} of {size_text(stored.num_bytes)}, whole; {len(stored.tensors)} tensors")]
 
