@@ -170,14 +170,14 @@ def train(
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
             sums = _Sums()
-            for batch in micro_batches:
+            for number, batch in enumerate(micro_batches, start=1):
                 if balancer is not None:
                     # all ranks' micro-batches are of one size, and the auxiliary loss is already a sum over ranks
                     everywhere = communicator.data_size * batch.input_ids_BS.numel()
                     balancer.set_scale(everywhere / counts.num_input_tokens)
                 with autocast(device, config.precision):
                     loss_sums = objective.loss(batch)
-                if batch is micro_batches[-1]:
+                if number == len(micro_batches):
                     communicator.expect_last_backward()
                 (loss_sums.loss / counts.num_loss_tokens).backward()
                 sums.add("loss", loss_sums.loss.detach(), 0)

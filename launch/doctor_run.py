@@ -21,6 +21,8 @@ from farskip.wiring import LayerBlocks, Wiring
 
 _STATE_BYTES = {"parameters": 4, "gradients": 4, "AdamW": 8}
 """Per parameter: training keeps it in fp32, and two moments of it."""
+_PLAIN_NUMBERS = ("F64", "F32", "BF16", "F16")
+"""Numbers that are stored one by one; quantized ones may be packed."""
 _ORIGINAL_BYTES = 4
 """Per parameter: distill holds the frozen original, too, in fp32 by default."""
 
@@ -71,7 +73,7 @@ def checkpoint(
     found = [ok("model", f"{folder}: {family.name}, {recorded or 'ordinary'}")]
     sub_blocks = [family.sub_blocks(layer) for layer in layers_of(model)]
     blocks = [each.blocks for each in sub_blocks]
-    found += _files(folder, blocks)
+    found += _files(folder, blocks, model)
     reason = why_whole(folder, settings)
     if reason is not None and job.ranks > 1:
         found.append(warning("loading", f"every rank reads the whole checkpoint, because {reason}"))
@@ -112,7 +114,7 @@ def _without_memory(family: Any, config: Any) -> Any:
         return family.model_class()(config)
 
 
-def _files(folder: Path, blocks: list[LayerBlocks]) -> list[Finding]:
+def _files(folder: Path, blocks: list[LayerBlocks], model: Any) -> list[Finding]:
     if not has_safetensors(folder):
         return [warning("files", f"{folder} has no safetensors: only config.json was looked at")]
     try:
@@ -123,6 +125,12 @@ def _files(folder: Path, blocks: list[LayerBlocks]) -> list[Finding]:
     for layer, (here, there) in enumerate(zip(kinds, blocks, strict=True)):
         if here != there:
             text = f"layer {layer} has tensors of {' + '.join(here)}, config.json says {' + '.join(there)}; correct it"
+            return [error("files", text)]
+    in_files = stored.tensors
+    for name, tensor in model.state_dict().items():
+        known = in_files.get(name)  # experts, and what transformers renames as it loads, have other names
+        if known is not None and known.dtype in _PLAIN_NUMBERS and known.shape != tuple(tensor.shape):
+            text = f"{name} is {list(known.shape)}, config.json makes it {list(tensor.shape)}; correct it"
             return [error("files", text)]
     return [ok("files", f"{len(stored.files)} of {size_text(stored.num_bytes)}, whole; {len(stored.tensors)} tensors")]
 

@@ -87,6 +87,11 @@ def build_job_mesh(parallel: ParallelConfig, ranks: Ranks) -> DeviceMesh | None:
     if ranks.world_size == 1:
         if parallel.ep > 1:
             raise ValueError(f"parallel.ep={parallel.ep} needs as many ranks: start with torchrun --nproc-per-node")
+        if parallel.side_stream is not SideStream.none:
+            raise ValueError(
+                f"parallel.side_stream={parallel.side_stream} has nothing to put aside on one rank: no rows travel; "
+                "start with torchrun --nproc-per-node, or set it to none"
+            )
         return None
     return build_mesh(parallel.ep or ranks.world_size, ranks.device.partition(":")[0], tp=parallel.tp)
 

@@ -39,6 +39,12 @@ def shape_of(options: argparse.Namespace) -> tuple[str, ModelShape]:
     dense = options.dense_first or 0
     if not 0 <= dense <= options.num_layers or options.num_layers < 1:
         raise ValueError(f"--dense-first {dense} of --num-layers {options.num_layers} makes no model")
+    for name in ("experts", "hidden", "top_k"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is too small; use at least 1, or leave it out")
+    if (options.top_k or 0) > (options.experts or 0):
+        raise ValueError(f"--top-k {options.top_k} is more than there are: --experts {options.experts or 0}")
     moe = MOE_SHARED if options.shared else MOE
     experts = options.experts or 0
     blocks = tuple(DENSE if layer < dense or not experts else moe for layer in range(options.num_layers))
@@ -127,6 +133,8 @@ def read_times(path: Path, variant: str | None) -> StageTimes:
         if variant not in variants:
             raise ValueError(f"--times {file} holds those of several; add --variant, one of {', '.join(variants)}")
         content = variants[variant]
+        if not isinstance(content, dict):
+            raise ValueError(f"--times {file}: {variant} is {type(content).__name__} instead of an object")
     elif variant is not None:
         raise ValueError(f"--variant {variant}: {file} is no result of farskip bench overlap; leave it out")
     if set(content) - set(DIRECTIONS) or not content.get("forward"):

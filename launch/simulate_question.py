@@ -62,13 +62,19 @@ class Question:
     def compare(self, rates: Rates | None = None, **options: Any) -> Comparison:
         """All wirings, at other rates if given."""
         times = self.times(rates)
-        plain = replace(self.setting, chunks=1, sequence_parallel=False)
-        plain_times = self.times(rates, replace(self.layout, chunks=1, sequence_parallel=False))
-        if missing_times(plain, "ordinary", plain_times):  # times measured in shares say nothing of all-reduces
+        plain, plain_times, missing = self.plain(rates)
+        if missing:
             plain, plain_times = self.setting, times
         return compare(
             self.setting, self.wirings, times, plain=(plain, plain_times), contention=self.contention, **options
         )
+
+    def plain(self, rates: Rates | None = None) -> tuple[Setting, StageTimes, list[str]]:
+        """The same without chunks and shares of tokens, its times, and which are missing there: times measured in
+        shares say nothing of all-reduces. All is then compared with ordinary blocking in chunks and shares."""
+        setting = replace(self.setting, chunks=1, sequence_parallel=False)
+        times = self.times(rates, replace(self.layout, chunks=1, sequence_parallel=False))
+        return setting, times, missing_times(setting, "ordinary", times)
 
 
 def ask(options: argparse.Namespace) -> Question:
@@ -93,6 +99,8 @@ def ask(options: argparse.Namespace) -> Question:
     sequence = options.tokens if options.sequence is None else options.sequence
     if not 1 <= sequence <= options.tokens:
         raise ValueError(f"--sequence {sequence} is outside 1..{options.tokens}, the tokens of a step")
+    if options.chunks > options.tokens:
+        raise ValueError(f"--chunks {options.chunks} of --tokens {options.tokens} would have no token each")
     if options.chunks > 1 and options.ep < 2 and not options.sequence_parallel:
         raise ValueError(f"--chunks {options.chunks}: nothing travels in chunks without --ep or --sequence-parallel")
     if not 0 <= options.contention < math.inf:

@@ -66,6 +66,11 @@ def header(question: Question) -> str:
         for axis, link in rates.links.items()
         if {EP: layout.ep, TP: layout.tp}[axis] > 1
     ]
+    missing = question.plain()[2]
+    if missing:
+        lines.append(
+            f"baseline    in the same chunks and shares of tokens: no time for {', '.join(missing)} without them"
+        )
     lines.append(f"contention  {question.contention:g}" + _meaning(question.contention))
     return "\n".join(lines)
 
@@ -203,6 +208,7 @@ def to_json(question: Question, comparison: Comparison, swept: Swept | None) -> 
         "layers": question.setting.layers,
         "rates": asdict(question.rates),
         "contention": question.contention,
+        "baseline_lacks": question.plain()[2],
         "stage_ms": {"forward": dict(times.forward), "backward": dict(times.backward)},
         **figures(comparison),
         "sweep": None

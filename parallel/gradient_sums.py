@@ -9,6 +9,8 @@ step, so neither does a bit of the sums: launched early or at the end, under a s
 A gradient that no rank has stays away; one that some rank has counts as zero on the others. Behind a bucket's gradients
 travels a number for each, one where there is one: what is still zero when it arrives is missing everywhere. Only a rank
 that lacks a gradient looks, so the host waits for nothing else.
+
+Refuses: a gradient that changes after it was sent. The sum, which knows nothing of the change, would be put over it.
 """
 
 import weakref
@@ -28,6 +30,9 @@ _BUCKET_BYTES = 32 << 20
 _LEAST_BUCKET_BYTES, _NUM_BUCKETS = 1 << 20, 8
 """A small model is cut in about so many parts all the same, unless they would be so small that latency counts."""
 
+_IN_FLIGHT = 4
+"""So many of those that are left when backward ends are under way at once: each holds a copy of its gradients."""
+
 
 class _Bucket:
     """Neighbors of one dtype, summed in one all-reduce."""
@@ -37,6 +42,7 @@ class _Bucket:
         self.num_bytes = 0
         self.unfinished: set[int] = set()
         self.finished: list[torch.cuda.Event] = []
+        self.sent: list[tuple[torch.Tensor | None, int]] = []
         self.pending: Pending | None = None
 
     def expect(self) -> None:
@@ -47,6 +53,7 @@ class _Bucket:
         """Copy the gradients together and start their sum."""
         for event in self.finished:
             event.wait()  # backward runs an op on the stream of its forward, and here may be another one
+        self.sent = [(p.grad, 0 if p.grad is None else p.grad._version) for p in self.parameters]
         first = self.parameters[0]
         parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self.parameters]
         if all(p.grad is not None for p in self.parameters):
@@ -57,10 +64,22 @@ class _Bucket:
             flat = torch.cat([*parts, *counts])
         self.pending = Pending(flat, dist.all_reduce(flat, group=group, async_op=True), meter=meter)
 
-    def finish(self) -> None:
-        """Wait for the sum and put it where the gradients are, or should be."""
+    def finish(self) -> list[nn.Parameter]:
+        """Wait for the sum and put it where the gradients are, or should be.
+
+        Returns:
+            The parameters whose gradient is not the one that was sent. They keep what they have.
+        """
         assert self.pending is not None, "a bucket of gradients was waited for before it was launched"
         summed, self.pending = self.pending.wait(), None
+        sent, self.sent = self.sent, []
+        changed = [
+            parameter
+            for parameter, (gradient, version) in zip(self.parameters, sent, strict=True)
+            if parameter.grad is not gradient or (gradient is not None and gradient._version != version)
+        ]
+        if changed:
+            return changed
         if summed.is_cuda:  # it may come from the memory of another stream
             summed.record_stream(torch.cuda.current_stream(summed.device))
         sizes = [parameter.numel() for parameter in self.parameters]
@@ -70,6 +89,7 @@ class _Bucket:
                 parameter.grad.copy_(one.view_as(parameter))
             elif bool(count):
                 parameter.grad = one.view_as(parameter).clone()
+        return []
 
 
 class GradientSums:
@@ -104,25 +124,45 @@ class GradientSums:
         self._expecting = False
 
     def expect(self) -> None:
-        """A step's last backward begins: from here on a bucket that is complete is launched. A collective."""
+        """A step's last backward begins: from here on a bucket that is complete is launched. A collective.
+
+        Raises:
+            RuntimeError: sums of an earlier backward were never waited for.
+        """
         if self._is_alone or not self._early:
             return
+        if self._num_launched:
+            raise RuntimeError(
+                f"{self._num_launched} sums of gradients of an earlier backward were not waited for, which probably "
+                "failed: reduce_gradients first, on all ranks, then drop the gradients"
+            )
         self._plan()
         for bucket in self._buckets:
             bucket.expect()
         self._expecting = True
 
     def finish(self) -> None:
-        """After backward: launch what is left, and wait. A collective."""
+        """After backward: launch what is left, and wait. A collective.
+
+        Raises:
+            RuntimeError: a gradient changed after it was sent.
+        """
         if self._is_alone:
             return
         self._expecting = False
         self._plan()
-        while self._num_launched < len(self._buckets):
-            self._launch_next()
+        changed: list[nn.Parameter] = []
+        for number, bucket in enumerate(self._buckets):
+            while self._num_launched < min(number + _IN_FLIGHT, len(self._buckets)):
+                self._launch_next()
+            changed += bucket.finish()
         self._num_launched = 0
-        for bucket in self._buckets:
-            bucket.finish()
+        if changed:
+            raise RuntimeError(
+                f"a gradient of shape {list(changed[0].shape)} changed after it was sent to be summed over ranks: "
+                "change gradients after reduce_gradients, or do without expect_last_backward "
+                "(parallel.overlap_gradients=false)"
+            )
 
     def _plan(self) -> None:
         """Buckets for the parameters that need a gradient now."""

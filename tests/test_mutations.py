@@ -909,6 +909,13 @@ MUTATIONS = [
         EARLY_SUMS,
     ),
     Mutation(
+        "a gradient that changed after it was sent is overwritten",
+        _PARALLEL + "gradient_sums:_Bucket.finish",
+        "gradient._version != version",
+        "False",
+        Catch(GRADIENT_SUMS, "changed_by", ("in place",), 2),
+    ),
+    Mutation(
         "gradients are sent before all of a bucket are there",
         _PARALLEL + "gradient_sums:GradientSums._gradient_is_there",
         "not self._buckets[self._num_launched].unfinished",

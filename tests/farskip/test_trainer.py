@@ -138,6 +138,44 @@ def test_a_micro_batchs_share_is_that_of_all_ranks_together(rank_pool: RankPool,
     assert rank_pool.run(_rank_with_balancer, 2, str(tmp_path)) == [[0.5, 0.5]] * 2
 
 
+class _OneBatch(TinyData):
+    """The same batch for ever, as one overfits to see whether a model can learn at all."""
+
+    def train_batches(self) -> TinyBatches:
+        return _OneBatches(list(range(100)))
+
+
+class _OneBatches(TinyBatches):
+    batch = next(TinyBatches([0]))
+
+    def __next__(self) -> Batch:
+        super().__next__()
+        return self.batch
+
+
+class _Announced(SingleProcess):
+    """Notes what it is told, and how many backwards reached the parameter before."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(module)
+        self.events: list[str] = []
+        next(module.parameters()).register_post_accumulate_grad_hook(lambda _: self.events.append("backward"))
+
+    def expect_last_backward(self) -> None:
+        self.events.append("expect")
+
+    def reduce_gradients(self) -> None:
+        self.events.append("reduce")
+
+
+@pytest.mark.parametrize("data", [TinyData(), _OneBatch()], ids=["batches", "one_batch"])
+def test_the_last_backward_of_a_step_is_announced_and_no_other(tmp_path: Path, data: TinyData) -> None:
+    objective = tiny_objective()
+    ranks = _Announced(objective.model.module)
+    train(objective, data, ranks, tiny_config(2, accumulation=3), tmp_path)
+    assert ranks.events == ["backward", "backward", "expect", "backward", "reduce"] * 2
+
+
 def test_reports_follow_every_step_and_lines_every_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reports: list[StepReport] = []
     train_tiny(tiny_objective(), tmp_path, tiny_config(5, log_every=2), on_step=[reports.append])

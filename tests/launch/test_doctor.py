@@ -360,6 +360,8 @@ def altered(checkpoint: Path, folder: Path, **keys: Any) -> Path:
         ({"architectures": ["BertModel"]}, "model", "model architecture 'BertModel' is not supported"),
         ({"model_type": "mixtral"}, "model", "goes with model_type 'qwen3_moe', but config.json says 'mixtral'"),
         ({"num_hidden_layers": 5}, "files", "none of layer 4, though config.json says 5 layers"),
+        ({"hidden_size": 64}, "files", "model.embed_tokens.weight is [97, 32], config.json makes it [97, 64]; corr"),
+        ({"num_local_experts": 4}, "files", "mlp.gate.weight is [8, 32], config.json makes it [4, 32]; correct it"),
         ({"mlp_only_layers": [1]}, "files", "layer 0 has tensors of attention + mlp, config.json says"),
         ({"quantization_config": {"quant_method": "gptq"}}, "model", "the checkpoint is quantized ('gptq')"),
         ({"hidden_size": "big"}, "model", "config.json does not make a qwen3_moe: Validation error for"),

@@ -229,6 +229,10 @@ BAD = {
     "a step that does not exist": (["profile.steps=[0]"], "profile.steps=[0]: steps are counted from 1"),
     "balance without bias": (["balance.bias_rate=0.1"], "bias_rate=0.1: the routers of this model have no selection"),
     "ep on one rank": (["parallel.ep=2"], "parallel.ep=2 needs as many ranks: start with torchrun --nproc-per-node"),
+    "a side stream on one rank": (
+        ["parallel.side_stream=merge"],
+        "parallel.side_stream=merge has nothing to put aside on one rank: no rows travel; start with torchrun",
+    ),
     "no cuda": (["run.device=cuda"], "run.device=cuda, but torch sees no CUDA device here; use run.device=cpu"),
     "device": (["run.device=tpu"], "run.device='tpu' is unknown; use cpu, cuda or auto"),
     "schedule": (["parallel.schedule=sereal"], "parallel.schedule: Invalid value 'sereal', expected"),

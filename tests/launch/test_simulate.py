@@ -253,6 +253,11 @@ def test_the_middle_of_a_model() -> None:
         (["--model", "MODEL", "--hidden", "3"], "--hidden goes with --num-layers"),
         (["--num-layers", "0"], "--dense-first 0 of --num-layers 0 makes no model"),
         (["--num-layers", "2", "--dense-first", "3"], "--dense-first 3 of --num-layers 2 makes no model"),
+        (["--num-layers", "2", "--hidden", "-64"], "--hidden -64 is too small; use at least 1, or leave it out"),
+        (["--num-layers", "2", "--experts", "-8"], "--experts -8 is too small; use at least 1, or leave it out"),
+        (["--num-layers", "2", "--experts", "8", "--top-k", "-2"], "--top-k -2 is too small; use at least 1"),
+        (["--num-layers", "2", "--experts", "8", "--top-k", "9"], "--top-k 9 is more than there are: --experts 8"),
+        (["--model", "MODEL", "--ep", "2", "--chunks", "8", "--tokens", "4"], "--chunks 8 of --tokens 4 would have no"),
         (["--model", "MODEL", "--ep", "7"], "expert parallelism of 7 does not divide 64 experts: choose a divisor"),
         (["--model", "MODEL", "--ep", "0"], "--ep 0 is too small; use at least 1"),
         (["--model", "MODEL", "--ep", "2", "--tp", "4"], "ep=2 is not a multiple of tp=4"),
@@ -341,13 +346,15 @@ def test_bad_input_is_one_line(
         ('{"forward": {"mlp": Infinity}}', "forward.mlp=inf is no time"),
         ('{"forward": {"mlp": -1}}', "forward.mlp=-1 is no time"),
         ('{"forward": {"mlp": "1"}}', "forward.mlp='1' is no time"),
+        ('{"machine": {"stage_ms": {"one": null}}}', "one is NoneType instead of an object"),
         ('{"forward": {"mpl": 1}}', "there is no stage 'mpl'; did you mean 'mlp'?"),
     ],
 )
 def test_a_file_that_holds_no_times(content: str, message: str, tmp_path: Path, farskip_command: Call) -> None:
     path = tmp_path / "times.json"
     path.write_text(content)
-    code, _, err = farskip_command(["simulate", *HAND, "--times", str(path)])
+    variant = ["--variant", "one"] if '"one"' in content else []
+    code, _, err = farskip_command(["simulate", *HAND, "--times", str(path), *variant])
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
 
@@ -363,3 +370,16 @@ def test_an_unknown_flag(farskip_command: Call, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit, match="2"):
         farskip_command(["simulate", "--bandwith", "5"])
     assert "unrecognized arguments: --bandwith 5" in capsys.readouterr().err
+
+
+def test_what_all_is_compared_with_is_said_where_it_is_not_the_usual(tmp_path: Path, farskip_command: Call) -> None:
+    stages = ["attention_norm", "attention_in", "attention_core", "mlp_norm", "mlp"]
+    stages += ["gather_attention", "scatter_attention", "gather_mlp", "scatter_mlp"]
+    path = tmp_path / "times.json"
+    path.write_text(json.dumps({"forward": dict.fromkeys(stages, 1.0)}))
+    words = ["simulate", "--num-layers", "2", "--tp", "2", "--sequence-parallel", "--times", str(path)]
+    code, out, _ = farskip_command(words)
+    assert code == 0
+    assert "\nbaseline    in the same chunks and shares of tokens: no time for reduce_attention, reduce_mlp" in out
+    code, out, _ = farskip_command([*words, "--hidden", "64", "--link", "1GB/s"])
+    assert code == 0 and "\nbaseline" not in out

@@ -119,6 +119,35 @@ def test_the_sums_of_a_layer_are_under_way_while_the_next_ones_gradient_is_compu
         assert seen == sorted(seen) and seen[3] >= 2, "a layer may finish its own parameters after it has gone on"
 
 
+def most_at_once() -> int:
+    """Of sums that `finish` starts."""
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(9)))
+    all_reduce, num, most = dist.all_reduce, 0, 0
+
+    class Counted:
+        def __init__(self, work: Any) -> None:
+            nonlocal num, most
+            self._work = work
+            num += 1
+            most = max(num, most)
+
+        def wait(self) -> None:
+            nonlocal num
+            self._work.wait()
+            num -= 1
+
+    with bucket_per_layer(), patch.object(dist, "all_reduce", lambda *a, **k: Counted(all_reduce(*a, **k))):
+        sums = GradientSums(model.parameters(), None, WaitMeter(), early=False)
+        loss_of(model, 0).backward()
+        sums.finish()
+    assert num == 0
+    return most
+
+
+def test_sums_behind_backward_do_not_hold_all_gradients_twice(rank_pool: "RankPool") -> None:
+    assert rank_pool.run(most_at_once, 2) == [4, 4]
+
+
 def other_order_on_every_rank() -> None:
     """Two branches whose backwards run in one order here and in the other there."""
     torch.manual_seed(0)
@@ -171,11 +200,72 @@ def one_backward_too_many() -> None:
     loss_of(model, 0).backward()
     with pytest.raises(RuntimeError, match="changed while its sum over ranks was under way"):
         loss_of(model, 1).backward()
-    sums.finish()
+    with pytest.raises(RuntimeError, match="changed after it was sent"):
+        sums.finish()
 
 
 def test_a_backward_after_the_last_one_is_refused(rank_pool: "RankPool") -> None:
     rank_pool.run(one_backward_too_many, 2)
+
+
+def double(parameter: torch.Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.mul_(2)
+
+
+def changed_by(change: str) -> None:
+    """What is done to a gradient behind its launch would be lost under the sum."""
+    model = model_of_layers()
+    weight = model[3].weight
+    with bucket_per_layer():
+        sums = GradientSums(model.parameters(), None, WaitMeter())
+        sums.expect()
+    if change == "a hook that runs later":
+        weight.register_post_accumulate_grad_hook(double)
+    loss_of(model, 0).backward()
+    assert weight.grad is not None
+    if change == "in place":
+        weight.grad.add_(1)
+    elif change == "replaced":
+        weight.grad = weight.grad + 1
+    with pytest.raises(RuntimeError, match=r"gradient of shape \[8, 8\] changed after it was sent"):
+        sums.finish()
+    if change != "a hook that runs later":  # the next step is one like any other
+        model.zero_grad()
+        sums.expect()
+        loss_of(model, 0).backward()
+        sums.finish()
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced", "a hook that runs later"])
+def test_a_gradient_that_changes_behind_its_launch_is_refused(change: str, rank_pool: "RankPool") -> None:
+    rank_pool.run(changed_by, 2, change)
+
+
+def a_backward_that_fails() -> None:
+    model = model_of_layers()
+    with bucket_per_layer():
+        sums = GradientSums(model.parameters(), None, WaitMeter())
+        sums.expect()
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise ValueError("out of memory")
+
+    hidden = model[:2](torch.ones(1, WIDTH))
+    hidden.register_hook(fail)
+    with pytest.raises(ValueError, match="out of memory"):
+        model[2:](hidden).sum().backward()
+    with pytest.raises(RuntimeError, match="were not waited for, which probably failed: reduce_gradients first"):
+        sums.expect()
+    sums.finish()
+    model.zero_grad()
+    sums.expect()
+    loss_of(model, 0).backward()
+    sums.finish()
+
+
+def test_after_a_backward_that_failed_it_says_what_to_do(rank_pool: "RankPool") -> None:
+    rank_pool.run(a_backward_that_fails, 2)
 
 
 def parameters_that_are_frozen_later() -> None:
