@@ -61,8 +61,9 @@ class RowsGradient:
                 "the alias of a normed stream that is copied to expert rows has another reader, whose gradient would "
                 "be lost: read the alias that is made for it"
             )
-        if rows_RD.is_cuda:  # autograd orders the streams of the two nodes, but does not know this tensor
-            rows_RD.record_stream(torch.cuda.current_stream(rows_RD.device))
+        for beside in (rows_RD, dst_TK):  # autograd orders the streams of the two nodes, but does not know these
+            if beside.is_cuda:
+                beside.record_stream(torch.cuda.current_stream(beside.device))
         return rows_RD, dst_TK
 
     def _lay_aside(self, placeholder: torch.Tensor, rows_RD: torch.Tensor, dst_TK: torch.Tensor) -> None:

@@ -74,7 +74,8 @@ def read_record(folder: Path, config: dict[str, Any]) -> tuple[Family, Wiring | 
     Args:
         folder: for the messages.
         config: what its config.json holds. Our record and ``auto_map`` are taken out, and the family's own
-            ``model_type`` and ``architectures`` put back: what is left is an ordinary config.
+            ``model_type`` and ``architectures`` put back: what is left is an ordinary config under the family's first
+            name.
 
     Raises:
         ValueError: unknown family, or a record that says no wiring.
@@ -90,6 +91,8 @@ def read_record(folder: Path, config: dict[str, Any]) -> tuple[Family, Wiring | 
         family = family_of_architecture(architectures[0] if isinstance(architectures, list) and architectures else None)
     except ValueError as error:
         raise ValueError(f"load {folder}: {error}") from None
+    if config.get("model_type") in family.other_model_types:
+        config["model_type"] = family.model_type
     if family.wiring_keys is not None and not isinstance(recorded, dict):
         try:
             return family, family.wiring_keys.read(config)

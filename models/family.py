@@ -49,6 +49,8 @@ class Family:
         architecture: class name of its causal language model, the key that selects it.
         score: the router's score function, ``softmax`` or ``sigmoid``.
         sub_blocks: takes one decoder layer apart.
+        other_model_types: further names that configs of its checkpoints call themselves, of models that are no other
+            family; they become `model_type` where a config is read.
         undeclared_config_keys: settings that its modelling code reads though its config class does not declare them.
         own_name: what the family is called where `model_type` is already another family's.
         own_class: makes the class `architecture`, where transformers has none.
@@ -66,6 +68,7 @@ class Family:
     architecture: str
     score: str
     sub_blocks: Callable[[nn.Module], HFSubBlocks]
+    other_model_types: tuple[str, ...] = ()
     undeclared_config_keys: tuple[str, ...] = ()
     own_name: str | None = None
     own_class: Callable[[], Any] | None = None

@@ -16,6 +16,7 @@ FAMILY = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     score="sigmoid",
+    other_model_types=("kimi_k2",),
     sub_blocks=HFSubBlocks,
     router=grouped_sigmoid_router,
     tensor_plan=LATENT_ATTENTION_PLAN,

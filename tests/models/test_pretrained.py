@@ -1,6 +1,7 @@
 """`load` and `save`: the wiring travels, a plain load refuses, damage is named, nothing is left half-written."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import farskip
 from farskip.models import pretrained
+from farskip.models.convert import convert, plan_conversion
 from farskip.models.parallelize import parallelize
 from farskip.models.surgery import rewire
 from farskip.models.testing_models import tiny_model, token_ids
@@ -163,6 +165,22 @@ def test_dtype(stored: torch.dtype, wanted: torch.dtype | None, tmp_path: Path) 
     farskip.save(rewired().to(stored), tmp_path / "model")
     loaded = farskip.load(tmp_path / "model", dtype=wanted)
     assert {parameter.dtype for parameter in loaded.parameters()} == {wanted or stored}
+
+
+def test_a_model_type_that_is_another_name_of_the_family(tmp_path: Path) -> None:
+    """Kimi-K2 is a DeepSeek-V3 whose config calls itself otherwise; rewired or not, it is written as what it is."""
+    plain, kimi, converted = (tmp_path / name for name in ("plain", "kimi", "converted"))
+    model = tiny_model("deepseek_v3").eval()
+    model.save_pretrained(plain)
+    shutil.copytree(plain, kimi)
+    edit_config(kimi, lambda config: config.update(model_type="kimi_k2"))
+    ids = token_ids(2, 7)
+    assert torch.equal(farskip.load(kimi)(ids).logits, farskip.load(plain)(ids).logits)
+    convert(plan_conversion(kimi, converted, "farskip", None, None))
+    config = json.loads((converted / "config.json").read_text())
+    assert config["farskip"]["base_model_type"] == "deepseek_v3"
+    loaded = farskip.load(converted)
+    assert torch.equal(loaded(ids).logits, farskip.rewire(farskip.load(plain), "farskip")(ids).logits)
 
 
 # -- damage and lies --------------------------------------------------------------------------------------------------
