@@ -8,15 +8,12 @@ side have merges, or merges and routers, on a stream beside compute (`farskip.la
     python benchmarks/gpu_overlap.py [--layers 4] [--tokens 8192] [--share 0.25] [--rounds 12] [--out FILE]
 """
 
-import argparse
-import json
 import statistics
-import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from gpu_timing import elapsed_ms, interleaved, parse_options, print_table, summaries, write
 
 from farskip.executor import Executor
 from farskip.models.attach import attach, layers_of
@@ -24,6 +21,7 @@ from farskip.models.family import backbone_of, family_of_model
 from farskip.models.fresh import build_model
 from farskip.models.kernels import kernels_line, use_kernels
 from farskip.models.surgery import rewire, wiring_of
+from farskip.parallel.collectives import Link
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.paced_copy_link import PacedCopyLink
 
@@ -46,121 +44,96 @@ LITE: dict[str, Any] = {
 }
 NO_LINK_GBYTE_S = 1e6
 """So fast that no exchange is seen: what the same launches and copies cost without a wire."""
+KINDS = {
+    "ordinary_blocking": ("ordinary", "serial", "none"),
+    "ordinary_shared": ("ordinary", "overlapped", "none"),
+    "farskip_serial": ("farskip", "serial", "none"),
+    "farskip_overlapped": ("farskip", "overlapped", "none"),
+    "farskip_overlapped_side_merge": ("farskip", "overlapped", "merge"),
+    "farskip_overlapped_side_merge_and_route": ("farskip", "overlapped", "merge_and_route"),
+}
+FREE = {
+    "no_communication": ("ordinary", "serial", "none"),
+    "farskip_no_communication": ("farskip", "overlapped", "none"),
+}
+PASSES = ("forward", "forward_backward")
 
 
 class Variant:
-    """One model under a wiring, a schedule and a wire."""
+    """One model under a wiring and a schedule, over a link of one rank.
+
+    Args:
+        config: of the model; equal weights for all variants.
+        wiring: a wiring's name.
+        mode: ``serial`` or ``overlapped``.
+        side_stream: what the overlapped schedule has beside compute.
+        link: carries the rows.
+        ids_BS: the tokens.
+        dtype: of the parameters.
+    """
 
     def __init__(
-        self, base: dict[str, Any], layers: int, wiring: str, mode: str, link: PacedCopyLink, side_stream: str = "none"
+        self,
+        config: dict[str, Any],
+        wiring: str,
+        mode: str,
+        side_stream: str,
+        link: Link,
+        ids_BS: torch.Tensor,
+        dtype: torch.dtype,
     ) -> None:
-        config = {**LITE, "num_hidden_layers": layers}
         model = build_model("deepseek_v2", config, vocab_size=1024, end_of_document_id=0, seed=0)
-        self.model = rewire(model.to("cuda", torch.bfloat16).train(), wiring)
-        self.model.load_state_dict(base)
+        self.model = rewire(model.to(ids_BS.device, dtype).train(), wiring)
         blocks = [family_of_model(self.model).sub_blocks(layer) for layer in layers_of(self.model)]
-        dispatcher = AllToAllDispatcher(link, LITE["n_routed_experts"])
+        dispatcher = AllToAllDispatcher(link, config["n_routed_experts"])
         wired = wiring_of(self.model)
         attach(self.model, Executor(blocks, wired, dispatcher=dispatcher, mode=mode, side_stream=side_stream))
         use_kernels(self.model, "auto")
+        self._ids_BS = ids_BS
 
-    def step_ms(self, ids: torch.Tensor, *, backward: bool) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        begin.record()
-        with torch.set_grad_enabled(backward):
-            hidden = backbone_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state
-            if backward:
-                hidden.backward(torch.ones_like(hidden))
-        end.record()
-        end.synchronize()
+    def forward(self) -> torch.Tensor:
+        """The hidden states."""
+        with torch.no_grad():
+            return backbone_of(self.model)(input_ids=self._ids_BS, use_cache=False).last_hidden_state
+
+    def forward_backward(self) -> None:
+        """A training step without head and optimizer."""
+        hidden_BSD = backbone_of(self.model)(input_ids=self._ids_BS, use_cache=False).last_hidden_state
+        hidden_BSD.backward(torch.ones_like(hidden_BSD))
         self.model.zero_grad(set_to_none=True)
-        return begin.elapsed_time(end)
 
 
-Times = dict[str, list[float]]
-
-
-def interleaved(variants: dict[str, Variant], ids: torch.Tensor, rounds: int, *, backward: bool) -> Times:
-    for variant in variants.values():
-        variant.step_ms(ids, backward=backward)
-    times: Times = {name: [] for name in variants}
-    names = list(variants)
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            times[name].append(variants[name].step_ms(ids, backward=backward))
-    return times
-
-
-def summary(times: Sequence[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(times, n=4)
-    return {"median_ms": middle, "p25_ms": low, "p75_ms": high}
+def build_variants(make: Callable[..., Variant], link: Link, no_link: Link) -> dict[str, Variant]:
+    """All variants by name; `make` is called with (wiring, mode, side_stream, link)."""
+    over_link = {name: make(*kind, link) for name, kind in KINDS.items()}
+    return over_link | {name: make(*kind, no_link) for name, kind in FREE.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--share", type=float, default=0.25, help="of communication in the blocking step")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu_overlap: torch sees no CUDA device here; nothing is measured")
-    device = torch.device("cuda")
-    base = build_model(
-        "deepseek_v2", {**LITE, "num_hidden_layers": options.layers}, vocab_size=1024, end_of_document_id=0, seed=0
-    ).state_dict()
+    options = parse_options(__doc__, layers=4, tokens=8192, share=0.25, rounds=12)
+    device, config = torch.device("cuda"), {**LITE, "num_hidden_layers": options.layers}
     sequence = min(options.tokens, 4096)
-    ids = torch.randint(1024, (options.tokens // sequence, sequence), device=device)
+    ids_BS = torch.randint(1024, (options.tokens // sequence, sequence), device=device)
+
+    def make(wiring: str, mode: str, side_stream: str, link: Link) -> Variant:
+        return Variant(config, wiring, mode, side_stream, link, ids_BS, torch.bfloat16)
+
     no_link = PacedCopyLink(device, bandwidth_gbyte_s=NO_LINK_GBYTE_S)
-    free = Variant(base, options.layers, "ordinary", "serial", no_link)
+    free = make(*FREE["no_communication"], no_link)
     print(kernels_line(free.model, "auto"))
-    free.step_ms(ids, backward=True)
-    compute_ms = statistics.median(free.step_ms(ids, backward=True) for _ in range(5))
+    free.forward_backward()
+    compute_ms = statistics.median(elapsed_ms(free.forward_backward) for _ in range(5))
+    del free
     # each layer sends its rows four times: dispatch and combine, forward and backward
-    exchanged = 4 * options.layers * options.tokens * LITE["num_experts_per_tok"] * LITE["hidden_size"] * 2
-    wanted_ms = compute_ms * options.share / (1 - options.share)
-    link = PacedCopyLink(device, bandwidth_gbyte_s=exchanged / wanted_ms / 1e6)
-    variants = {
-        "ordinary_blocking": Variant(base, options.layers, "ordinary", "serial", link),
-        "ordinary_shared": Variant(base, options.layers, "ordinary", "overlapped", link),
-        "farskip_serial": Variant(base, options.layers, "farskip", "serial", link),
-        "farskip_overlapped": Variant(base, options.layers, "farskip", "overlapped", link),
-        **{
-            f"farskip_overlapped_side_{each}": Variant(base, options.layers, "farskip", "overlapped", link, each)
-            for each in ("merge", "merge_and_route")
-        },
-        "no_communication": free,
-        "farskip_no_communication": Variant(base, options.layers, "farskip", "overlapped", no_link),
-    }
+    exchanged = 4 * options.layers * ids_BS.numel() * LITE["num_experts_per_tok"] * LITE["hidden_size"] * 2
+    bandwidth = exchanged / (compute_ms * options.share / (1 - options.share)) / 1e6
+    variants = build_variants(make, PacedCopyLink(device, bandwidth_gbyte_s=bandwidth), no_link)
     passes = {}
-    for name, backward in (("forward", False), ("forward_backward", True)):
-        times = interleaved(variants, ids, options.rounds, backward=backward)
-        rows = {variant: summary(found) for variant, found in times.items()}
-        blocking, floor = rows["ordinary_blocking"]["median_ms"], rows["no_communication"]["median_ms"]
-        print(f"\n{name}, emulated link of {exchanged / wanted_ms / 1e6:.1f} GB/s")
-        for variant, row in rows.items():
-            row["speedup"] = blocking / row["median_ms"]
-            row["hidden_share"] = (blocking - row["median_ms"]) / (blocking - floor)
-            print(
-                f"{variant:<39} {row['median_ms']:8.2f} ms ({row['p25_ms']:.2f} - {row['p75_ms']:.2f})  "
-                f"{row['speedup']:.2f}x  {100 * row['hidden_share']:.0f} % hidden"
-            )
-        passes[name] = rows
-    if options.out is not None:
-        result = {
-            "date": time.strftime("%Y-%m-%d"),
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "link": "emulated",
-            "bandwidth_gbyte_s": exchanged / wanted_ms / 1e6,
-            "layers": options.layers,
-            "tokens": options.tokens,
-            "passes": passes,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name in PASSES:
+        times = interleaved({key: getattr(variant, name) for key, variant in variants.items()}, options.rounds)
+        passes[name] = summaries(times, "ordinary_blocking", "no_communication")
+        print_table(f"{name}, emulated link of {bandwidth:.1f} GB/s", passes[name])
+    write(options.out, passes, bandwidth_gbyte_s=bandwidth, layers=options.layers, tokens=options.tokens)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def print_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
     print(f"\n{title}")
     for name, row in rows.items():
         print(
-            f"{name:<26} {row['median_ms']:8.2f} ms ({row['p25_ms']:.2f} - {row['p75_ms']:.2f})  "
+            f"{name:<39} {row['median_ms']:8.2f} ms ({row['p25_ms']:.2f} - {row['p75_ms']:.2f})  "
             f"{row['speedup']:.2f}x  {100 * row['hidden_share']:.0f} % hidden"
         )
 
@@ -70,6 +70,8 @@ def parse_options(about: str | None, **defaults: Any) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds {options.rounds} is too small for quartiles; use 2 or more")
     if not torch.cuda.is_available():
         raise SystemExit(f"{Path(parser.prog).stem}: torch sees no CUDA device here; nothing is measured")
     return options
