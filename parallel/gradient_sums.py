@@ -13,6 +13,7 @@ that lacks a gradient looks, so the host waits for nothing else.
 Refuses: a gradient that changes after it was sent. The sum, which knows nothing of the change, would be put over it.
 """
 
+import warnings
 import weakref
 from collections.abc import Iterable
 
@@ -121,7 +122,7 @@ class GradientSums:
         self._bucket_of: dict[int, _Bucket] = {}
         self._hooked: set[int] = set()
         self._num_launched = 0
-        self._expecting = False
+        self._expecting = self._warned = False
 
     def expect(self) -> None:
         """A step's last backward begins: from here on a bucket that is complete is launched. A collective.
@@ -149,6 +150,7 @@ class GradientSums:
         """
         if self._is_alone:
             return
+        self._warn_if_late()
         self._expecting = False
         self._plan()
         changed: list[nn.Parameter] = []
@@ -162,6 +164,22 @@ class GradientSums:
                 f"a gradient of shape {list(changed[0].shape)} changed after it was sent to be summed over ranks: "
                 "change gradients after reduce_gradients, or do without expect_last_backward "
                 "(parallel.overlap_gradients=false)"
+            )
+
+    def _warn_if_late(self) -> None:
+        """Say once, on the first rank, that nothing was hidden: results are right, so nobody would notice."""
+        if not self._expecting or self._num_launched or len(self._buckets) < 2 or self._warned:
+            return
+        self._warned = True
+        if dist.get_rank() == 0:
+            missing = [
+                parameter for parameter in self._buckets[0].parameters if id(parameter) in self._buckets[0].unfinished
+            ]
+            warnings.warn(
+                "no sum of gradients could start under backward, all of them stand behind it: a parameter of shape "
+                f"{list(missing[0].shape)}, one of the last of the model, got no gradient in the step's last backward; "
+                "freeze it if it is not used (requires_grad_(False))",
+                stacklevel=3,
             )
 
     def _plan(self) -> None:

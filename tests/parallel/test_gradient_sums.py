@@ -1,6 +1,7 @@
 """Gradients summed under backward: the bits of sums behind it, on their way when they should be, in one order."""
 
 import gc
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -286,6 +287,29 @@ def parameters_that_are_frozen_later() -> None:
 
 def test_parameters_may_be_frozen_and_thawed_between_steps(rank_pool: "RankPool") -> None:
     rank_pool.run(parameters_that_are_frozen_later, 2)
+
+
+def a_parameter_that_is_not_used() -> list[str]:
+    """What is said in three steps in which the first bucket to be sent is never complete."""
+    model, said = model_of_layers(), []
+    with bucket_per_layer():
+        sums = GradientSums([*model.parameters(), nn.Parameter(torch.zeros(5))], None, WaitMeter())
+        for _ in range(3):
+            model.zero_grad(set_to_none=True)
+            loss = loss_of(model, 0)
+            sums.expect()
+            loss.backward()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                sums.finish()
+            said += [str(each.message) for each in caught]
+    return said
+
+
+def test_overlap_that_a_parameter_without_gradient_defeats_is_said_once(rank_pool: "RankPool") -> None:
+    (message,), others = rank_pool.run(a_parameter_that_is_not_used, 2)
+    assert "no sum of gradients could start under backward" in message and "shape [5]" in message
+    assert others == []
 
 
 def hooks_of_the_dead() -> None:
