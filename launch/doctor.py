@@ -9,16 +9,14 @@ import json
 import math
 import os
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from farskip.launch.config import ParallelConfig
 from farskip.launch.convert import layers_of
 from farskip.launch.doctor_environment import job_of, network, settings, threads, torchrun
 from farskip.launch.doctor_machine import Finding, Level, devices, extras, has_devices, packages, room
 from farskip.launch.doctor_run import checkpoint, degrees
-from farskip.launch.trace import write_atomically
+from farskip.launch.trace import write_bytes
 
 WARNED, BROKEN = 1, 2
 
@@ -69,7 +67,7 @@ def main(argv: list[str]) -> int:
     else:
         print(_text([each for each in found if each.level is not Level.ok or not options.quiet], found))
     if options.json and options.json != "-":
-        write_atomically(options.json, partial(_write, document.encode()))
+        write_bytes(options.json, document.encode())
     levels = {finding.level for finding in found}
     if Level.error in levels:
         return BROKEN
@@ -112,10 +110,6 @@ def examine(options: argparse.Namespace) -> list[Finding]:
 
 def _counts(found: list[Finding]) -> dict[Level, int]:
     return {level: sum(finding.level is level for finding in found) for level in Level}
-
-
-def _write(data: bytes, file: BinaryIO) -> None:
-    file.write(data)
 
 
 def _text(shown: list[Finding], found: list[Finding]) -> str:

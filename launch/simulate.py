@@ -8,12 +8,11 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from farskip.launch.simulate_inputs import sweep_of
 from farskip.launch.simulate_question import Question, ask, missing_times, what_is_missing
 from farskip.launch.simulate_report import Swept, draw, header, pictured, swept_table, table, times_table, to_json
-from farskip.launch.trace import write_atomically
+from farskip.launch.trace import write_atomically, write_bytes
 from farskip.stage_costs import EP, TP
 from farskip.stage_graph import COLLECTIVES
 
@@ -101,7 +100,7 @@ def main(argv: list[str]) -> int:
         if swept is not None:
             print(swept_table(swept))
     if options.json and options.json != "-":
-        write_atomically(options.json, partial(_write, (json.dumps(document, indent=1) + "\n").encode()))
+        write_bytes(options.json, (json.dumps(document, indent=1) + "\n").encode())
     if options.png:
         assert swept is not None
         write_atomically(options.png, partial(draw, question, swept))
@@ -125,7 +124,3 @@ def _sweep(question: Question, text: str) -> Swept:
         rates = replace(question.rates, links={**question.rates.links, **links})
         points.append((gb_s, question.compare(rates, modes=("overlapped",))))
     return Swept(points=tuple(points), hidden_below=HIDDEN_BELOW)
-
-
-def _write(data: bytes, file: BinaryIO) -> None:
-    file.write(data)

@@ -88,14 +88,14 @@ def _run(options: argparse.Namespace) -> int:
     if options.json == "-":
         print(encode(report.to_json()).decode(), end="")
     elif options.json:
-        write_atomically(options.json, lambda file: _write(file, encode(report.to_json())))
+        write_bytes(options.json, encode(report.to_json()))
     if options.details:
-        write_atomically(options.details, lambda file: _write(file, encode(report.details(comparison))))
+        write_bytes(options.details, encode(report.details(comparison)))
     if options.csv:
-        write_atomically(options.csv, lambda file: _write(file, render_csv(report.ranks).encode()))
+        write_bytes(options.csv, render_csv(report.ranks).encode())
     if options.html:
         page = render_html(report.ranks, report.skew, comparison, judgements)
-        write_atomically(options.html, lambda file: _write(file, page.encode()))
+        write_bytes(options.html, page.encode())
     if options.perfetto:
         _write_perfetto(report, options.perfetto)
     for judgement in judgements:
@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"assert {judgement.condition.text}: {judgement.outcome}: {judgement.message}", file=stream)
     if options.junit:
         xml = junit(judgements, time.perf_counter() - started)
-        write_atomically(options.junit, lambda file: _write(file, xml))
+        write_bytes(options.junit, xml)
     return exit_code(judgements)
 
 
@@ -139,8 +139,13 @@ def _write_perfetto(report: TraceReport, path: str) -> None:
         write_atomically(target, fill)
 
 
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file of these bytes; see `write_atomically`."""
+
+    def fill(file: BinaryIO) -> None:
+        file.write(data)
+
+    write_atomically(path, fill)
 
 
 def write_atomically(path: str | Path, fill: Callable[[BinaryIO], None]) -> None:
