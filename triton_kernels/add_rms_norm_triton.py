@@ -34,8 +34,8 @@ def add_rms_norm_kernel(
     y_ptr,
     normed_ptr,
     rstd_ptr,
-    num_cols,
     eps,
+    NUM_COLS: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     HAS_ADD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -44,14 +44,14 @@ def add_rms_norm_kernel(
     dtype: tl.constexpr = normed_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
-    mask = col < num_cols
-    at = token * num_cols + col
+    mask = col < NUM_COLS
+    at = token * NUM_COLS + col
     y = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if HAS_ADD:
         y = rounded(y + tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32), dtype)
         tl.store(y_ptr + at, to_storage(y, dtype), mask=mask)
     gain = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
-    normed, rstd = norm_row(y, gain, num_cols, eps, UNIT_OFFSET, dtype)
+    normed, rstd = norm_row(y, gain, NUM_COLS, eps, UNIT_OFFSET, dtype)
     tl.store(normed_ptr + at, to_storage(normed, dtype), mask=mask)
     tl.store(rstd_ptr + token, rstd)
 
@@ -67,8 +67,8 @@ def norm_backward_kernel(
     grad_sum_ptr,
     grad_gain_ptr,
     num_tokens,
-    num_cols,
     program_rows,
+    NUM_COLS: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     STORE_Z: tl.constexpr,
     HAS_STREAM: tl.constexpr,
@@ -78,16 +78,16 @@ def norm_backward_kernel(
     dtype: tl.constexpr = z_ptr.dtype.element_ty
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK)
-    mask = col < num_cols
+    mask = col < NUM_COLS
     gain = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
     grad_gain = tl.zeros([BLOCK], tl.float32)
     last = tl.minimum((program + 1) * program_rows, num_tokens)
     for token in range(program * program_rows, last):
-        at = tl.cast(token, tl.int64) * num_cols + col
+        at = tl.cast(token, tl.int64) * NUM_COLS + col
         z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_normed_ptr + at, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + token)
-        grad_z, grad_gain_row = norm_row_backward(z, gain, grad, rstd, num_cols, UNIT_OFFSET, dtype)
+        grad_z, grad_gain_row = norm_row_backward(z, gain, grad, rstd, NUM_COLS, UNIT_OFFSET, dtype)
         grad_gain += grad_gain_row
         grad_z = rounded(grad_z, dtype)
         if STORE_Z:
@@ -95,7 +95,7 @@ def norm_backward_kernel(
         if HAS_STREAM:
             stream = tl.load(grad_stream_ptr + at, mask=mask, other=0.0).to(tl.float32)
             tl.store(grad_sum_ptr + at, to_storage(stream + grad_z, dtype), mask=mask)
-    tl.store(grad_gain_ptr + tl.cast(program, tl.int64) * num_cols + col, grad_gain, mask=mask)
+    tl.store(grad_gain_ptr + tl.cast(program, tl.int64) * NUM_COLS + col, grad_gain, mask=mask)
 
 
 def backward_programs(num_tokens: int) -> tuple[int, int]:
@@ -122,8 +122,8 @@ def add_norm_triton(
                 y_TH,
                 normed_TH,
                 rstd_T,
-                num_cols,
                 eps,
+                NUM_COLS=num_cols,
                 UNIT_OFFSET=unit_offset,
                 HAS_ADD=a_TH is not None,
                 BLOCK=block,
@@ -162,8 +162,8 @@ def norm_backward_triton(
                 grad_sum_TH,
                 grad_gain_NH,
                 num_tokens,
-                num_cols,
                 program_rows,
+                NUM_COLS=num_cols,
                 UNIT_OFFSET=unit_offset,
                 STORE_Z=keep_z,
                 HAS_STREAM=grad_stream_TH is not None,

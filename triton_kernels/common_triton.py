@@ -9,6 +9,10 @@ Three rules that hold in every kernel of this folder:
 * store through `to_storage`: the interpreter truncates fp32 to bf16 where a GPU rounds to nearest even;
 * row offsets are int64: T * K * H passes 2**31 at ordinary sizes.
 
+A kernel that holds a row whole has its length as a constant, NUM_COLS: of the block's columns beyond it (an eighth of
+8192 at DeepSeek-V3's 7168) the compiler then knows that they are not there, and they take neither registers nor
+instructions. Passed as a number, the backward of `release_both` did not fit in registers with fp32 streams.
+
 Legend: T tokens, K experts per token, R rows (of all experts together), H hidden size, E experts.
 """
 

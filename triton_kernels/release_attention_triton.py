@@ -24,8 +24,8 @@ def release_attention_kernel(
     normed_ptr,
     n_ptr,
     rstd_ptr,
-    num_cols,
     eps,
+    NUM_COLS: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -34,15 +34,15 @@ def release_attention_kernel(
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
-    mask = col < num_cols
-    at = token * num_cols + col
+    mask = col < NUM_COLS
+    at = token * NUM_COLS + col
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     a = tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(s_ptr + at, mask=mask, other=0.0).to(tl.float32)
     y = rounded(x + a, dtype)
     n = rounded(y + s, dtype)
     gain = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
-    normed, rstd = norm_row(n, gain, num_cols, eps, UNIT_OFFSET, dtype)
+    normed, rstd = norm_row(n, gain, NUM_COLS, eps, UNIT_OFFSET, dtype)
     tl.store(y_ptr + at, to_storage(y, dtype), mask=mask)
     tl.store(normed_ptr + at, to_storage(normed, dtype), mask=mask)
     if KEEP:
@@ -70,8 +70,8 @@ def release_attention_triton(
                 normed_TH,
                 n_TH,
                 rstd_T,
-                num_cols,
                 eps,
+                NUM_COLS=num_cols,
                 UNIT_OFFSET=unit_offset,
                 KEEP=keep,
                 BLOCK=block,

@@ -38,8 +38,8 @@ def release_both_kernel(
     n_ptr,
     rstd_n_ptr,
     rstd_x_ptr,
-    num_cols,
     eps,
+    NUM_COLS: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     KEEP: tl.constexpr,
     HAS_MAP: tl.constexpr,
@@ -51,22 +51,22 @@ def release_both_kernel(
     dtype: tl.constexpr = full_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     col = columns(routed_ptr, full_ptr, BLOCK)
-    mask = col < num_cols
-    at = token * num_cols + col
+    mask = col < NUM_COLS
+    at = token * NUM_COLS + col
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     a = tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(s_ptr + at, mask=mask, other=0.0).to(tl.float32)
     y = rounded(x + a, dtype)
     n = rounded(y + s, dtype)
     gain = tl.load(weight_n_ptr + col, mask=mask, other=0.0).to(tl.float32)
-    u, rstd_n = norm_row(n, gain, num_cols, eps, UNIT_OFFSET, dtype)
+    u, rstd_n = norm_row(n, gain, NUM_COLS, eps, UNIT_OFFSET, dtype)
     tl.store(u_ptr + at, to_storage(u, dtype), mask=mask)
     if KEEP:
         tl.store(n_ptr + at, to_storage(n, dtype), mask=mask)
-    r = load_routed(routed_ptr, dst_ptr, combine_ptr, token, col, mask, num_cols, K, HAS_MAP, HAS_COMBINE)
+    r = load_routed(routed_ptr, dst_ptr, combine_ptr, token, col, mask, NUM_COLS, K, HAS_MAP, HAS_COMBINE)
     full = rounded(y + rounded(r + s, dtype), dtype)
     gain = tl.load(weight_x_ptr + col, mask=mask, other=0.0).to(tl.float32)
-    v, rstd_x = norm_row(full, gain, num_cols, eps, UNIT_OFFSET, dtype)
+    v, rstd_x = norm_row(full, gain, NUM_COLS, eps, UNIT_OFFSET, dtype)
     tl.store(full_ptr + at, to_storage(full, dtype), mask=mask)
     tl.store(v_ptr + at, to_storage(v, dtype), mask=mask)
     tl.store(rstd_n_ptr + token, rstd_n)
@@ -89,8 +89,8 @@ def release_both_backward_kernel(
     grad_gain_x_ptr,
     grad_gain_n_ptr,
     num_tokens,
-    num_cols,
     program_rows,
+    NUM_COLS: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -98,17 +98,17 @@ def release_both_backward_kernel(
     dtype: tl.constexpr = full_ptr.dtype.element_ty
     program = tl.program_id(0)
     col = tl.arange(0, BLOCK)
-    mask = col < num_cols
+    mask = col < NUM_COLS
     grad_gain_x = tl.zeros([BLOCK], tl.float32)
     grad_gain_n = tl.zeros([BLOCK], tl.float32)
     last = tl.minimum((program + 1) * program_rows, num_tokens)
     for token in range(program * program_rows, last):
-        at = tl.cast(token, tl.int64) * num_cols + col
+        at = tl.cast(token, tl.int64) * NUM_COLS + col
         full = tl.load(full_ptr + at, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_v_ptr + at, mask=mask, other=0.0).to(tl.float32)
         gain = tl.load(weight_x_ptr + col, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_x_ptr + token)
-        grad_z, grad_gain = norm_row_backward(full, gain, grad, rstd, num_cols, UNIT_OFFSET, dtype)
+        grad_z, grad_gain = norm_row_backward(full, gain, grad, rstd, NUM_COLS, UNIT_OFFSET, dtype)
         grad_gain_x += grad_gain
         late = tl.load(grad_full_ptr + at, mask=mask, other=0.0).to(tl.float32)
         late = rounded(late + rounded(grad_z, dtype), dtype)
@@ -117,10 +117,10 @@ def release_both_backward_kernel(
         grad = tl.load(grad_u_ptr + at, mask=mask, other=0.0).to(tl.float32)
         gain = tl.load(weight_n_ptr + col, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_n_ptr + token)
-        grad_z, grad_gain = norm_row_backward(n, gain, grad, rstd, num_cols, UNIT_OFFSET, dtype)
+        grad_z, grad_gain = norm_row_backward(n, gain, grad, rstd, NUM_COLS, UNIT_OFFSET, dtype)
         grad_gain_n += grad_gain
         tl.store(prompt_ptr + at, to_storage(late + rounded(grad_z, dtype), dtype), mask=mask)
-    gain_at = tl.cast(program, tl.int64) * num_cols + col
+    gain_at = tl.cast(program, tl.int64) * NUM_COLS + col
     tl.store(grad_gain_x_ptr + gain_at, grad_gain_x, mask=mask)
     tl.store(grad_gain_n_ptr + gain_at, grad_gain_n, mask=mask)
 
@@ -161,8 +161,8 @@ def release_both_triton(
                 n_TH,
                 rstd_n_T,
                 rstd_x_T,
-                num_cols,
                 eps,
+                NUM_COLS=num_cols,
                 UNIT_OFFSET=unit_offset,
                 KEEP=keep,
                 HAS_MAP=dst_TK is not None,
@@ -212,8 +212,8 @@ def release_both_backward_triton(
                 grad_gain_x_NH,
                 grad_gain_n_NH,
                 num_tokens,
-                num_cols,
                 program_rows,
+                NUM_COLS=num_cols,
                 UNIT_OFFSET=unit_offset,
                 BLOCK=block,
                 num_warps=num_warps,

@@ -33,7 +33,7 @@ def load_routed(
     token,
     col,
     mask,
-    num_cols,
+    NUM_COLS: tl.constexpr,
     K: tl.constexpr,
     HAS_MAP: tl.constexpr,
     HAS_COMBINE: tl.constexpr,
@@ -42,9 +42,9 @@ def load_routed(
     map."""
     if HAS_MAP:
         like = col.to(tl.float32)
-        r = combine_rows(routed_ptr, dst_ptr, combine_ptr, token, None, col, mask, num_cols, K, HAS_COMBINE, like)
+        r = combine_rows(routed_ptr, dst_ptr, combine_ptr, token, None, col, mask, NUM_COLS, K, HAS_COMBINE, like)
         return rounded(r, routed_ptr.dtype.element_ty)
-    return tl.load(routed_ptr + token * num_cols + col, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(routed_ptr + token * NUM_COLS + col, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -58,8 +58,8 @@ def release_router_kernel(
     x_ptr,
     normed_ptr,
     rstd_ptr,
-    num_cols,
     eps,
+    NUM_COLS: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     HAS_MAP: tl.constexpr,
@@ -71,14 +71,14 @@ def release_router_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     col = columns(routed_ptr, x_ptr, BLOCK)
-    mask = col < num_cols
-    at = token * num_cols + col
-    r = load_routed(routed_ptr, dst_ptr, combine_ptr, token, col, mask, num_cols, K, HAS_MAP, HAS_COMBINE)
+    mask = col < NUM_COLS
+    at = token * NUM_COLS + col
+    r = load_routed(routed_ptr, dst_ptr, combine_ptr, token, col, mask, NUM_COLS, K, HAS_MAP, HAS_COMBINE)
     if HAS_SHARED:
         r = rounded(r + tl.load(s_ptr + at, mask=mask, other=0.0).to(tl.float32), dtype)
     x = rounded(tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32) + r, dtype)
     gain = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
-    normed, rstd = norm_row(x, gain, num_cols, eps, UNIT_OFFSET, dtype)
+    normed, rstd = norm_row(x, gain, NUM_COLS, eps, UNIT_OFFSET, dtype)
     tl.store(x_ptr + at, to_storage(x, dtype), mask=mask)
     tl.store(normed_ptr + at, to_storage(normed, dtype), mask=mask)
     tl.store(rstd_ptr + token, rstd)
@@ -97,8 +97,8 @@ def release_router_backward_kernel(
     grad_x_ptr,
     grad_gain_ptr,
     num_tokens,
-    num_cols,
     program_rows,
+    NUM_COLS: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     HAS_STREAM: tl.constexpr,
     HAS_BEFORE: tl.constexpr,
@@ -115,17 +115,17 @@ def release_router_backward_kernel(
         col = columns(rows_ptr, x_ptr, BLOCK)
     else:
         col = tl.arange(0, BLOCK)
-    mask = col < num_cols
+    mask = col < NUM_COLS
     gain = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
     grad_gain = tl.zeros([BLOCK], tl.float32)
     last = tl.minimum((program + 1) * program_rows, num_tokens)
     for index in range(program * program_rows, last):
         token = tl.cast(index, tl.int64)
-        at = token * num_cols + col
+        at = token * NUM_COLS + col
         if HAS_BEFORE:
             grad = tl.load(before_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if HAS_ROWS:
-            rows = load_routed(rows_ptr, dst_ptr, None, token, col, mask, num_cols, K, HAS_MAP, False)
+            rows = load_routed(rows_ptr, dst_ptr, None, token, col, mask, NUM_COLS, K, HAS_MAP, False)
             if HAS_BEFORE:
                 grad = rounded(grad + rows, dtype)
             else:
@@ -138,13 +138,13 @@ def release_router_backward_kernel(
                 grad = after
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + token)
-        grad_x, grad_gain_row = norm_row_backward(x, gain, grad, rstd, num_cols, UNIT_OFFSET, dtype)
+        grad_x, grad_gain_row = norm_row_backward(x, gain, grad, rstd, NUM_COLS, UNIT_OFFSET, dtype)
         grad_gain += grad_gain_row
         grad_x = rounded(grad_x, dtype)
         if HAS_STREAM:
             grad_x += tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + at, to_storage(grad_x, dtype), mask=mask)
-    tl.store(grad_gain_ptr + tl.cast(program, tl.int64) * num_cols + col, grad_gain, mask=mask)
+    tl.store(grad_gain_ptr + tl.cast(program, tl.int64) * NUM_COLS + col, grad_gain, mask=mask)
 
 
 def release_router_triton(
@@ -174,8 +174,8 @@ def release_router_triton(
                 x_TH,
                 normed_TH,
                 rstd_T,
-                num_cols,
                 eps,
+                NUM_COLS=num_cols,
                 UNIT_OFFSET=unit_offset,
                 HAS_SHARED=s_TH is not None,
                 HAS_MAP=dst_TK is not None,
@@ -219,8 +219,8 @@ def release_router_backward_triton(
                 grad_x_TH,
                 grad_gain_NH,
                 num_tokens,
-                num_cols,
                 program_rows,
+                NUM_COLS=num_cols,
                 UNIT_OFFSET=unit_offset,
                 HAS_STREAM=grad_TH is not None,
                 HAS_BEFORE=before_TH is not None,

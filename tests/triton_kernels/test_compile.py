@@ -66,7 +66,7 @@ MAP_FLAGS = {"NUM_EXPERTS": 256, "BLOCK_EXPERTS": 256, "BLOCK_SLOTS": 32, "BLOCK
 COPY_FLAGS = {"K": 8, "BLOCK_K": 8, "ROWS": 1, "ZERO_STEPS": 64, "BLOCK": 8192, "HAS_WEIGHTS": True}
 SIZES = dict.fromkeys(("num_tokens", "num_rows", "num_cols:16", "num_token_programs"), "i32")
 COPY_TYPES = {"dst_ptr": "*i32", "src_ptr": "*i32", "weights_ptr": "*fp32"} | SIZES
-NORM_FLAGS = {"UNIT_OFFSET": False, "KEEP": True, "BLOCK": 8192, "K": 8}
+NORM_FLAGS = {"NUM_COLS": 7168, "UNIT_OFFSET": False, "KEEP": True, "BLOCK": 8192, "K": 8}
 NORM_FLAGS |= dict.fromkeys(("HAS_ADD", "STORE_Z", "HAS_STREAM", "HAS_SHARED", "HAS_MAP", "HAS_COMBINE"), True)
 NORM_FLAGS |= dict.fromkeys(("HAS_BEFORE", "HAS_ROWS", "HAS_AFTER"), True)
 NORM_TYPES = SIZES | {"dst_ptr": "*i32", "combine_ptr": "*fp32", "eps": "fp32", "program_rows": "i32"}
@@ -241,8 +241,7 @@ WIDE = set(CASES) - SERVES_NARROW
 
 
 KNOWN_SPILLS = {
-    ("release_both_backward_wide", "sm_90"): {(3, 6): 24, (3, 9): 40},
-    ("release_router_backward_wide", "sm_90"): {(3, 6): 0, (3, 9): 8},
+    ("release_both_backward_wide", "sm_90"): {(3, 9): 8},
 }
 """Bytes, from a version of Triton on: fp32 rows of 7168 with accumulators beside them; docs/kernels.md."""
 
