@@ -2,12 +2,13 @@
 
 Decides the order of measurement (interleaved: one repeat of every variant per round, each round starting with another
 one, so that a machine whose speed drifts moves all of them), which repeats count (those whose process did not stand in
-the run queue for more than a share of the step), how repeats are summed up (median and quartiles), and what a variant
-must prove before it is timed at all (`check_parity`).
+the run queue, because of other processes, for more than a share of the step), how repeats are summed up (median and
+quartiles), and what a variant must prove before it is timed at all (`difference`).
 
 Legend: T tokens, K experts per token, E experts.
 """
 
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,8 @@ class Repeat:
 
     Attributes:
         ms: its duration on the slowest rank.
-        delay_share: time in the run queue over duration, on the rank where that is largest.
+        delay_share: time in the run queue because of other processes (`RunQueue`) over duration, on the rank where that
+            is largest.
         is_clean: whether it counts: the share is within the limit that the caller has set.
         exposed_ms: how long compute stood still for communication, on the rank where that is longest; None where
             nobody could tell.
@@ -78,17 +80,43 @@ def summarize(repeats: Sequence[Repeat]) -> Summary | None:
 class RunQueue:
     """How long this process's main thread stood in the run queue, from the kernel's account of it.
 
+    Where it computes and the process's other threads move bytes, some of that is their doing and part of the step.
+    Beyond the time that they ran themselves somebody else had the core.
+
     Args:
-        path: where Linux keeps the account: time on a core, time waiting for one (both ns), number of turns.
+        tasks: where Linux has a folder per thread, in it an account: time on a core, time waiting for one (both ns),
+            number of turns.
+        main: the main thread among them.
     """
 
-    def __init__(self, path: Path = Path("/proc/self/schedstat")) -> None:
-        self._path = path
-        self.is_known = path.exists()
+    def __init__(self, tasks: Path = Path("/proc/self/task"), main: int | None = None) -> None:
+        self._tasks = tasks
+        self._main = str(os.getpid() if main is None else main)
+        self.is_known = self._account(tasks / self._main) is not None
 
-    def waited_ms(self) -> float:
-        """Milliseconds since the process started; 0 where the system keeps no account."""
-        return int(self._path.read_text().split()[1]) / 1e6 if self.is_known else 0.0
+    def times_ms(self) -> tuple[float, float]:
+        """Milliseconds since the process started: of the main thread in the run queue, and of all others on a core.
+        Zeros where the system keeps no account."""
+        if not self.is_known:
+            return 0.0, 0.0
+        accounts = {task.name: self._account(task) for task in self._tasks.iterdir()}
+        _, waited = accounts.pop(self._main) or (0, 0)
+        return waited / 1e6, sum(account[0] for account in accounts.values() if account is not None) / 1e6
+
+    @staticmethod
+    def delay_ms(before: tuple[float, float], after: tuple[float, float]) -> float:
+        """Of two readings: how long the main thread waited for a core beyond what the other threads ran; at least 0."""
+        (waited, ran), (waited_after, ran_after) = before, after
+        return max(0.0, (waited_after - waited) - (ran_after - ran))
+
+    @staticmethod
+    def _account(task: Path) -> tuple[int, int] | None:
+        """Nanoseconds of one thread on a core, and waiting for one; None if it has ended, or nobody counts."""
+        try:
+            on_core, waiting, *_ = (task / "schedstat").read_text().split()
+        except (OSError, ValueError):
+            return None
+        return int(on_core), int(waiting)
 
 
 Timed = Callable[[str], Repeat]

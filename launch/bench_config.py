@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from farskip.launch.bench_names import BLOCKING, FREE, TENSOR
+from farskip.parallel.gloo_threads import GlooThreads
 from farskip.wiring import Wiring
 
 
@@ -103,7 +104,8 @@ class BenchOverlapConfig:
     repeats: int = 12
     """Clean repeats wanted of every variant and pass."""
     delay_limit: float = 0.05
-    """A repeat is rejected if a rank stood in the run queue, waiting for a core, longer than this share of the step."""
+    """A repeat is rejected if a rank waited for a core because of other processes longer than this share of the step.
+    (How long it stood in the run queue, less what its own threads that move bytes ran.)"""
     rounds: int = 0
     """Rounds (one repeat of every variant) after which to stop even with fewer clean repeats; 0: 3 times repeats."""
     megatron: str = "benchmarks/megatron_moe.py"
@@ -113,6 +115,9 @@ class BenchOverlapConfig:
     """Result as JSON, and beside it a picture with the same name and the ending png; empty: only the table."""
     threads: int = 1
     """CPU threads per rank."""
+    gloo_threads: GlooThreads = GlooThreads.auto
+    """When gloo's threads, which move the bytes, get a core. realtime: at once, ahead of compute (needs a right that
+    root has); ordinary: in line with it; auto: realtime where this process may. The result says which it was."""
     timeout_s: int = 300
     """Seconds after which a rank that does not answer ends the command."""
     size: SizeConfig = field(default_factory=SizeConfig)

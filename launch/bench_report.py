@@ -30,6 +30,7 @@ def report(config: BenchOverlapConfig, raw: Mapping[str, Any]) -> bool:
         print(f"\n{timeline}", end="")
     for pass_name, of_pass in rows.items():
         print(f"\n{title(config, pass_name)}\n{_table(of_pass)}")
+    print(f"\ngloo's threads: {raw['gloo_threads']}")
     if not raw["run_queue_is_known"]:
         print("\nthis system keeps no account of the run queue: no repeat was rejected")
     for variant, why in missing.items():
@@ -96,6 +97,7 @@ def to_json(
             "settings": asdict(config),
             "rejected_repeats": rejected,
             "run_queue_is_known": raw["run_queue_is_known"],
+            "gloo_threads": raw["gloo_threads"],
             "not_reported": dict(missing),
             "stage_ms": raw["stage_ms"],
             "share_windows_allow": raw["allowed"],

@@ -18,6 +18,7 @@ from farskip.launch.ranks import Ranks
 from farskip.parallel.collectives import ProcessGroupLink
 from farskip.parallel.duplex_link import real_link
 from farskip.parallel.emulated_link import EmulatedLink
+from farskip.parallel.gloo_threads import GlooThreads, set_gloo_threads
 from farskip.parallel.local_copy import LocalCopyLink
 from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, build_mesh
 from farskip.simulator import StageTimes, explain, simulate
@@ -79,6 +80,7 @@ class Bench:
         if self._is_tensor and self._config.compute is Compute.real:
             passes = [*passes, DECODE]
         self._build()
+        realtime = set_gloo_threads(self._config.gloo_threads)  # all process groups are there
         times = self._tune()
         self._check()
         times = {name: of_one for name, of_one in times.items() if name in self.variants}
@@ -97,6 +99,7 @@ class Bench:
             "timelines": {name: self._timeline(name, times[name]) for name in times if name != self._config.blocking},
             "not_reported": self.not_reported,
             "run_queue_is_known": self._run_queue.is_known,
+            "gloo_threads": str(GlooThreads.realtime if realtime else GlooThreads.ordinary),
         }
 
     def _build(self) -> None:
@@ -204,7 +207,7 @@ class Bench:
         variant = self.variants[variant_name]
         gradient_BSD = self._gradient_BSD if pass_name == "forward_backward" else None
         dist.barrier()
-        exposed, waited, start = self._link.meter.seconds(), self._run_queue.waited_ms(), time.perf_counter()
+        exposed, queued, start = self._link.meter.seconds(), self._run_queue.times_ms(), time.perf_counter()
         if pass_name == DECODE:
             assert variant.decode is not None
             with torch.no_grad():
@@ -212,10 +215,10 @@ class Bench:
         else:
             variant.run(gradient_BSD)
         ms = 1e3 * (time.perf_counter() - start)
-        waited = self._run_queue.waited_ms() - waited
+        delay_ms = self._run_queue.delay_ms(queued, self._run_queue.times_ms())
         exposed_ms = 1e3 * (self._link.meter.seconds() - exposed)
         variant.drop_gradients()
-        slowest = torch.tensor([ms, waited / ms, exposed_ms])
+        slowest = torch.tensor([ms, delay_ms / ms, exposed_ms])
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         ms, share, exposed_ms = slowest.tolist()
         return Repeat(

@@ -11,6 +11,7 @@ from typing import Any
 
 from farskip.data_config import DataConfig
 from farskip.lanes import SideStream
+from farskip.parallel.gloo_threads import GlooThreads
 from farskip.training_config import CheckpointConfig, HeldoutConfig, OptimizerConfig, TrainingConfig
 
 
@@ -102,6 +103,9 @@ class ParallelConfig:
     triton: or an error that says why not; reference: their plain-torch twins, on any device; off: none of them."""
     overlap_gradients: bool = True
     """Gradients of replicated parameters are summed over ranks under the last backward of a step; else behind it."""
+    gloo_threads: GlooThreads = GlooThreads.auto
+    """On CPU: when gloo's threads, which move the bytes, get a core. realtime: at once, ahead of compute (needs a right
+    that root has); ordinary: in line with it; auto: realtime where this process may."""
     link: LinkConfig = field(default_factory=LinkConfig)
 
     def check(self) -> None:

@@ -34,6 +34,7 @@ from farskip.parallel.collectives import ProcessGroupLink
 from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.duplex_link import real_link
 from farskip.parallel.emulated_link import EmulatedLink
+from farskip.parallel.gloo_threads import set_gloo_threads
 from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, axis_size, build_mesh
 from farskip.profiling import StepTracer
 from farskip.schedule import Schedule
@@ -193,6 +194,10 @@ def prepare(
         )
         if mesh is not None and dispatcher is not None and dispatcher.capacity is not None:
             balancer = DroppedRows(dispatcher, balancer, communicator.sum_over_processes, device=ranks.device)
+    if mesh is not None and ranks.device == "cpu":
+        realtime = set_gloo_threads(parallel.gloo_threads)  # those of all process groups that are there by now
+        if ranks.rank == 0 and not frozen:
+            print(f"gloo's threads: {'realtime, ahead of compute' if realtime else 'ordinary'}", flush=True)
     return Prepared(model=model, language_model=HFLanguageModel(model), communicator=communicator, balancer=balancer)
 
 

@@ -85,11 +85,20 @@ def test_no_share_where_there_is_nothing_to_hide() -> None:
 
 
 def test_the_run_queue_is_read_in_milliseconds(tmp_path: Path) -> None:
-    account = tmp_path / "schedstat"
-    account.write_text("111 2500000 7\n")
-    assert RunQueue(account).waited_ms() == 2.5
+    accounts = {"7": "111000000 2500000 7\n", "8": "3000000 99 1\n", "9": "1000000 99 1\n", "10": "", "11": None}
+    for thread, account in accounts.items():
+        (tmp_path / thread).mkdir()
+        if account is not None:
+            (tmp_path / thread / "schedstat").write_text(account)
+    queue = RunQueue(tmp_path, main=7)
+    assert queue.is_known and queue.times_ms() == (2.5, 4.0)
     unknown = RunQueue(tmp_path / "none")
-    assert not unknown.is_known and unknown.waited_ms() == 0.0
+    assert not unknown.is_known and unknown.times_ms() == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("waited", "ran", "delay"), [(5.0, 0.0, 5.0), (5.0, 2.0, 3.0), (5.0, 9.0, 0.0)])
+def test_what_own_threads_ran_is_no_delay(waited: float, ran: float, delay: float) -> None:
+    assert RunQueue.delay_ms((1.0, 1.0), (1.0 + waited, 1.0 + ran)) == delay
 
 
 def computed(output: list[float], **gradients: list[float]) -> Computed:

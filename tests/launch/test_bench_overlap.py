@@ -273,6 +273,7 @@ def test_a_variant_without_a_clean_repeat_is_not_reported(capsys: pytest.Capture
         "timelines": {},
         "not_reported": {},
         "run_queue_is_known": True,
+        "gloo_threads": "ordinary",
     }
     assert not report(small(), raw)
     assert "no_communication is not reported: no clean repeat of forward" in capsys.readouterr().out

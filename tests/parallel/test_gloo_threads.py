@@ -1,0 +1,91 @@
+"""gloo's threads: ahead of compute where it is asked for and allowed, and only they."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from farskip.parallel import gloo_threads
+from farskip.parallel.gloo_threads import GlooThreads, set_gloo_threads
+from farskip.parallel.mesh import another_group
+
+if TYPE_CHECKING:
+    from farskip.testing import RankPool
+
+linux = pytest.mark.skipif(not hasattr(os, "sched_setscheduler"), reason="only Linux says how a thread is scheduled")
+
+
+def policies() -> dict[str, set[str]]:
+    """How gloo's threads and the others of this process are scheduled."""
+    kinds = {os.SCHED_OTHER: "ordinary", os.SCHED_FIFO | os.SCHED_RESET_ON_FORK: "realtime"}
+    found: dict[str, set[str]] = {"gloo": set(), "others": set()}
+    for task in Path("/proc/self/task").iterdir():
+        whose = "gloo" if "gloo" in (task / "comm").read_text() else "others"
+        found[whose].add(kinds[os.sched_getscheduler(int(task.name))])
+    return found
+
+
+def may_be_realtime() -> bool:
+    before = os.sched_getscheduler(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:
+        return False
+    os.sched_setscheduler(0, before, os.sched_param(0))
+    return True
+
+
+def turned_to_and_fro() -> None:
+    summed = torch.ones(8)
+    dist.all_reduce(summed)
+    allowed = may_be_realtime()
+    for wish, kind in ((GlooThreads.auto, "realtime" if allowed else "ordinary"), (GlooThreads.ordinary, "ordinary")):
+        assert set_gloo_threads(wish) == (kind == "realtime")
+        assert policies() == {"gloo": {kind}, "others": {"ordinary"}}
+        dist.all_reduce(summed)
+    assert torch.equal(summed, torch.full((8,), 8.0))
+    set_gloo_threads("auto")
+    later = another_group(None)
+    dist.all_reduce(summed, group=later)
+    assert policies()["gloo"] == ({"realtime", "ordinary"} if allowed else {"ordinary"}), "a later group's are its own"
+    set_gloo_threads("auto")
+    assert policies()["gloo"] == {"realtime" if allowed else "ordinary"}
+
+
+@linux
+def test_only_threads_of_gloo_are_put_ahead_and_back(rank_pool: "RankPool") -> None:
+    rank_pool.run(turned_to_and_fro, 2)
+
+
+@linux
+def test_a_process_without_gloo_has_none() -> None:
+    assert not dist.is_initialized()
+    assert set_gloo_threads("auto") is False
+    assert policies()["others"] == {"ordinary"}
+
+
+@linux
+def test_what_is_not_allowed_is_refused_or_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(gloo_threads, "_gloo_threads", lambda: iter([os.getpid()]))
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    assert set_gloo_threads("auto") is False
+    with pytest.raises(ValueError, match=r"^gloo_threads=realtime: this process may not .* gloo_threads=ordinary$"):
+        set_gloo_threads("realtime")
+
+
+def test_without_linux_it_is_refused_or_left_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gloo_threads, "_TASKS", tmp_path / "no_such_folder")
+    assert set_gloo_threads("auto") is False
+    with pytest.raises(ValueError, match=r"^gloo_threads=realtime needs Linux"):
+        set_gloo_threads("realtime")
+
+
+def test_an_unknown_wish_is_refused() -> None:
+    with pytest.raises(ValueError, match="soon"):
+        set_gloo_threads("soon")
