@@ -184,6 +184,13 @@ class Schedule:
         return _draw(steps, width)
 
 
+def check_mode(mode: str) -> None:
+    """Raise ValueError unless it is one of `MODES`."""
+    if mode not in MODES:
+        near = difflib.get_close_matches(mode, MODES, n=1)
+        raise ValueError(f"schedule {mode!r} is unknown; use {' or '.join(near or MODES)}")
+
+
 def build_schedule(
     graph: StageGraph,
     mode: str,
@@ -207,9 +214,7 @@ def build_schedule(
         ValueError: unknown mode, segments that do not cover the layers in order, or a side lane where there is nothing
             to put in it, or under tensor parallelism.
     """
-    if mode not in MODES:
-        near = difflib.get_close_matches(mode, MODES, n=1)
-        raise ValueError(f"schedule {mode!r} is unknown; use {' or '.join(near or MODES)}")
+    check_mode(mode)
     chosen = tuple(segments) if segments is not None else (Segment(0, graph.num_layers),)
     edges = [0, *(segment.stop for segment in chosen)]
     if [segment.start for segment in chosen] != edges[:-1] or edges[-1] != graph.num_layers:

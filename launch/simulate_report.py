@@ -59,6 +59,10 @@ def header(question: Question) -> str:
         + f", chunks {layout.chunks}; {layout.tokens} tokens per data-parallel rank in sequences of {layout.sequence}, "
         f"{layout.number_bytes} bytes per number, balanced routing",
     ]
+    if question.measured.forward:
+        lines.append(
+            "            measured times are of the tokens and ranks that they were measured with, whatever stands above"
+        )
     if rates.tflops is not None:
         lines.append(f"machine     {rates.tflops:g} TFLOP/s, memory {rates.memory_gb_s:g} GB/s")
     lines += [

@@ -7,7 +7,7 @@ other. Under sequence parallelism such a rank holds the stream of its share only
 """
 
 from collections.abc import Callable
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from farskip.executor import Executor
+from farskip.lanes import SideStream
 from farskip.models.attach import attach, attachment_of, layers_of
 from farskip.models.family import family_of_model
 from farskip.models.forward_guards import ForwardGuards
@@ -27,6 +28,7 @@ from farskip.parallel.collectives import ProcessGroupLink
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.mesh import EP_AXIS, TP_AXIS, another_group, axis_group, axis_size, check_mesh
 from farskip.parallel.tensor_parallel import TensorParallelRanks, gather_slices
+from farskip.schedule import check_mode
 from farskip.simulator import StageTimes
 from farskip.stage_timer import StageTimer
 
@@ -44,6 +46,22 @@ class Spread(TypedDict, total=False):
     times: StageTimes | None
     sequence_parallel: bool
     side_stream: str
+
+
+def check_spread(mesh: DeviceMesh, **spread: Unpack[Spread]) -> None:
+    """Refuse what no model can be spread by, before one is read or touched.
+
+    Raises:
+        ValueError: a mesh of other axes, sequence parallelism without ``tp``, or an unknown name.
+    """
+    check_mesh(mesh)
+    check_mode(spread.get("schedule", "overlapped"))
+    SideStream.named(spread.get("side_stream", SideStream.none))
+    if spread.get("sequence_parallel") and axis_size(mesh, TP_AXIS) == 1:
+        raise ValueError(
+            "parallelize: sequence_parallel=True with tp=1 has no ranks to share tokens among; make the mesh with "
+            "build_mesh(ep, tp=2) or more, or leave sequence_parallel out"
+        )
 
 
 def parallelize(
@@ -93,12 +111,7 @@ def parallelize(
         raise ValueError("parallelize: the model is parallel already; load it afresh to spread it differently")
     blocks = [family.sub_blocks(layer) for layer in layers_of(model)]
     wiring = wiring_of(model)
-    check_mesh(mesh)
-    if sequence_parallel and axis_size(mesh, TP_AXIS) == 1:
-        raise ValueError(
-            "parallelize: sequence_parallel=True with tp=1 has no ranks to share tokens among; make the mesh with "
-            "build_mesh(ep, tp=2) or more, or leave sequence_parallel out"
-        )
+    check_spread(mesh, schedule=schedule, sequence_parallel=sequence_parallel, side_stream=side_stream)
     ep = axis_size(mesh, EP_AXIS)
     num_experts = max((_num_experts(block) for block in blocks), default=0)
     dispatcher = None

@@ -25,7 +25,7 @@ from farskip.models.family import Family
 from farskip.models.folder_copy import replaced_when_complete
 from farskip.models.fp8 import METHOD, Fp8
 from farskip.models.mtp_tensors import carried_mtp_tensors, carry_mtp_tensors, everything_reported, is_mtp
-from farskip.models.parallelize import Spread, full_state_dict, parallelize
+from farskip.models.parallelize import Spread, check_spread, full_state_dict, parallelize
 from farskip.models.rank_slices import RankSlices, load_slice, slices_here
 from farskip.models.saving import complete_checkpoint
 from farskip.models.surgery import rewire, wiring_of
@@ -74,6 +74,8 @@ def load(
             raise TypeError(f"load() got an unexpected keyword argument {name!r}")
         if mesh is None:
             raise ValueError(f"load {folder}: {name}= spreads a model over ranks and needs mesh=")
+    if mesh is not None:
+        check_spread(mesh, **spread)
     config_dict = _read_config(folder)
     family, recorded = read_record(folder, config_dict)
     fp8 = undo_quantization(folder, config_dict, dtype)

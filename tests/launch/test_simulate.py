@@ -154,6 +154,8 @@ def test_where_times_come_from(model: str, times: str, farskip_command: Call) ->
     assert rows["dispatch"].endswith("1.782 1.782 bytes over the link")  # not the file's 3 ms
     assert rows["combine"].endswith("1.000 1.000 given")
     assert rows["mlp"].endswith("shapes at the stated rates")
+    remark = "measured times are of the tokens and ranks that they were measured with"
+    assert remark in out and remark not in farskip_command(["simulate", "--model", model, "--ep", "8", *MACHINE])[1]
 
 
 def test_merged_times() -> None:

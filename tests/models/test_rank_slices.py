@@ -191,6 +191,13 @@ def settings_of_parallelize(folder: str) -> None:
     assert_equal_bits(sliced(ids).logits, whole(ids).logits)
     with pytest.raises(TypeError, match="chunk"):
         farskip.load(folder, mesh=mesh, chunk=2)  # type: ignore[call-arg]
+    # Before anything is read, which can take long: there is nothing to read here.
+    with pytest.raises(ValueError, match="schedule 'overlaped' is unknown; use overlapped"):
+        farskip.load(Path(folder) / "none", mesh=mesh, schedule="overlaped")
+    with pytest.raises(ValueError, match="side_stream 'merg' is unknown; use merge"):
+        farskip.load(Path(folder) / "none", mesh=mesh, side_stream="merg")
+    with pytest.raises(ValueError, match="sequence_parallel=True with tp=1"):
+        farskip.load(Path(folder) / "none", mesh=build_mesh(2), sequence_parallel=True)
 
 
 def test_settings_of_parallelize(rank_pool: "RankPool", tmp_path: Path) -> None:
