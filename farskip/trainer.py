@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,6 +86,7 @@ def train(
     shutdown: ShutdownRequest | None = None,
     on_step: Sequence[Callable[[StepReport], None]] = (),
     resume: Path | None = None,
+    judged_from: int = 1,
 ) -> TrainResult:
     """Train ``objective.model`` until the steps are done, the data is used up, it gets no better, or somebody asks to
     stop.
@@ -99,6 +101,8 @@ def train(
         shutdown: looked at after every step.
         on_step: called in order after every step, on every rank; a profiler's ``step`` fits.
         resume: a checkpoint of the run (``farskip.checkpoint.latest_checkpoint`` finds the newest).
+        judged_from: the first step whose held-out value may be the best one, or count as getting no better; those of
+            steps before, of a model that is not yet what it will be, are only written down.
 
     Returns:
         How it ended; equal on all ranks.
@@ -136,6 +140,8 @@ def train(
     def save(progress: Progress, is_best: bool) -> Path:
         tensors = tensors_to_save(module, optimizer, communicator)
         return store.save(tensors, rank_state_to_save(batches, device), progress, is_best=is_best)
+
+    judge = partial(_judge, config=config, is_distillation=objective.teacher is not None, judged_from=judged_from)
 
     with ExitStack() as stack:
         stack.enter_context(
@@ -206,7 +212,7 @@ def train(
             every = config.heldout.every_steps
             if every and (step % every == 0 or is_last) and not stop:
                 heldout = heldout_now = _evaluate(objective, data, communicator, config)
-                progress, improved = _judge(progress, heldout, config, objective.teacher is not None, last_checkpoint)
+                progress, improved = judge(progress, heldout, last_checkpoint)
             report = StepReport(
                 step=step,
                 num_steps=config.num_steps,
@@ -244,7 +250,7 @@ def train(
             improved = False
             if config.heldout.every_steps and report.heldout is None:
                 heldout = _evaluate(objective, data, communicator, config)
-                progress, improved = _judge(progress, heldout, config, objective.teacher is not None, last_checkpoint)
+                progress, improved = judge(progress, heldout, last_checkpoint)
                 if outputs is not None:
                     files, display = outputs
                     files.write(replace(report, heldout=heldout))
@@ -358,12 +364,20 @@ def _evaluate(
 
 
 def _judge(
-    progress: Progress, heldout: Evaluation, config: TrainingConfig, is_distillation: bool, last: Path | None
+    progress: Progress,
+    heldout: Evaluation,
+    last: Path | None,
+    *,
+    config: TrainingConfig,
+    is_distillation: bool,
+    judged_from: int,
 ) -> tuple[Progress, bool]:
     """Compare a held-out value (KL when distilling, else cross entropy) with the best one so far."""
     value = heldout.kl if is_distillation and heldout.kl is not None else heldout.cross_entropy
     if not math.isfinite(value):
         raise NonFiniteError(f"step {progress.step}: the held-out value is {value}; {_what_stays(last)}")
+    if progress.step < judged_from:
+        return progress, False
     best = progress.best_value
     if best is None or value < best - config.heldout.min_improvement:
         return replace(progress, best_value=value, best_step=progress.step, num_worse=0), True

@@ -67,6 +67,7 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
     import torch
 
     from farskip.launch import job
+    from farskip.launch.staged_rewiring import stages_of
     from farskip.models.language_model import continue_text
     from farskip.models.surgery import wiring_of
     from farskip.objectives import DistillationObjective
@@ -89,6 +90,7 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
     original, student = load(), load(wiring=wiring.name, layers=wiring.layers)
     if wiring_of(student) == wiring_of(original):
         raise ValueError(f"wiring: {config.model.path} is wired as {wiring_of(original)} already: nothing to repair")
+    stages = stages_of(config.wiring, wiring_of(student), config.training.num_steps)
     tokenizer, data = job.build_text(config.data, config.parallel, ranks)
     _check_vocabulary(tokenizer, student, config.data.tokenizer)
     teacher = job.prepare(original, config.parallel, config.balance, ranks, mesh, frozen=True)
@@ -122,6 +124,7 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
         ranks,
         resume=config.run.resume,
         trace_steps=config.profile.steps,
+        stages=stages,
     )
     if result.reason is StopReason.shutdown:
         return None

@@ -4,8 +4,10 @@ Order matters and is the same everywhere: text, model, wiring, parallel, balance
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from farskip.lanes import SideStream
 from farskip.launch.config import BalanceConfig, LinkKind, ParallelConfig, Recompute
 from farskip.launch.ranks import Ranks
 from farskip.launch.run_folder import STAGE_TIMES, write_config, write_text
+from farskip.launch.staged_rewiring import StagedRewiring
+from farskip.metrics import StepReport
 from farskip.models.attach import attachment_of, layers_of
 from farskip.models.balancing import DroppedRows, balance_model
 from farskip.models.kernels import kernels_line, use_kernels
@@ -46,6 +50,7 @@ from farskip.training_config import Precision, TrainingConfig
 from farskip.training_protocols import Balancer, Communicator, Objective, SingleProcess
 from farskip.training_state import tensors_to_fill
 from farskip.wiring import Wiring
+from farskip.wiring_stages import WiringStages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,8 +241,11 @@ def run_training(
     *,
     resume: bool,
     trace_steps: Sequence[int] = (),
+    stages: WiringStages | None = None,
 ) -> TrainResult:
     """Train, then leave the best weights (the last ones without evaluation) in the model. A collective.
+
+    With `stages` the model takes its wiring on in them, and weights before the last stage are none of the best.
 
     Returns:
         How it ended; with `StopReason.shutdown` the caller has to leave at once, the checkpoint is written.
@@ -247,9 +255,16 @@ def run_training(
     assert attachment is not None
     newest = latest_checkpoint(folder / CHECKPOINTS) if resume else None
     first_step = 1 if newest is None else read_manifest(newest).step + 1
-    with StepTracer(
-        attachment.executor, folder / "traces", trace_steps, rank=ranks.rank, first_step=first_step
-    ) as tracer:
+    with (
+        StepTracer(
+            attachment.executor, folder / "traces", trace_steps, rank=ranks.rank, first_step=first_step
+        ) as tracer,
+        ExitStack() as stack,
+    ):
+        on_step: list[Callable[[StepReport], None]] = [tracer]
+        if stages is not None:
+            say = partial(print, flush=True) if ranks.rank == 0 else lambda line: None
+            on_step.append(stack.enter_context(StagedRewiring(prepared.model, stages, first_step=first_step, say=say)))
         shutdown.install()
         try:
             result = train(
@@ -260,8 +275,9 @@ def run_training(
                 folder,
                 balancer=prepared.balancer,
                 shutdown=shutdown,
-                on_step=[tracer],
+                on_step=on_step,
                 resume=newest,
+                judged_from=1 if stages is None else stages.last_begins,
             )
         finally:
             shutdown.uninstall()

@@ -33,8 +33,9 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
         False when it was asked to stop before the end: nothing is exported, the run can be resumed.
     """
     from farskip.launch import job
+    from farskip.launch.staged_rewiring import stages_of
     from farskip.models.fresh import build_model
-    from farskip.models.surgery import rewire
+    from farskip.models.surgery import rewire, wiring_of
     from farskip.objectives import PretrainObjective
     from farskip.trainer import StopReason
 
@@ -53,6 +54,7 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
         seed=config.model.seed,
     )
     rewire(model, config.wiring.name, job.parse_layers(config.wiring.layers))
+    stages = stages_of(config.wiring, wiring_of(model), config.training.num_steps)
     precision = config.training.precision
     prepared = job.prepare(model, config.parallel, config.balance, ranks, mesh, precision=precision)
     objective = PretrainObjective(prepared.language_model, chunk_tokens=config.training.loss_chunk_tokens)
@@ -67,6 +69,7 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
         ranks,
         resume=config.run.resume,
         trace_steps=config.profile.steps,
+        stages=stages,
     )
     if result.reason is StopReason.shutdown:
         return False

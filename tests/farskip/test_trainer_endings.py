@@ -241,6 +241,14 @@ def test_a_small_improvement_is_none_when_more_is_asked_for(tmp_path: Path) -> N
     assert (result.reason, result.progress.step, result.progress.best_step) == (StopReason.early_stopped, 4, 1)
 
 
+def test_steps_before_the_first_that_is_judged_are_neither_best_nor_worse(tmp_path: Path) -> None:
+    """The first value stays the best one, because no improvement is enough: it is that of step 3."""
+    config = tiny_config(40, heldout=HeldoutConfig(every_steps=1, num_batches=1, patience=3, min_improvement=100.0))
+    result = train_tiny(tiny_objective(), tmp_path, config, judged_from=3)
+    assert (result.reason, result.progress.step, result.progress.best_step) == (StopReason.early_stopped, 6, 3)
+    assert [line["step"] for line in metrics_of(tmp_path) if "heldout_cross_entropy" in line] == [1, 2, 3, 4, 5, 6]
+
+
 def test_the_end_of_the_data_is_evaluated_and_saved(tmp_path: Path) -> None:
     config = tiny_config(40, accumulation=2, heldout=HeldoutConfig(every_steps=30, num_batches=1))
     result = train_tiny(tiny_objective(), tmp_path, config, data=TinyData(num_batches=7))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,6 @@ def test_the_tokenizer_is_the_models_own(distilled: Runs, pretrained: Runs) -> N
 
 def test_resume_is_exact(workshop: Any, farskip_command: Command, pretrained: Runs, tmp_path: Path) -> None:
     """The second half of a run that was cut off after its checkpoint of step 2, as by a power failure."""
-    import shutil
-
     words = workshop.distill(
         tmp_path / "whole",
         pretrained("deepseek_v3") / "model",
@@ -128,6 +127,66 @@ def test_sigterm_leaves_a_checkpoint_and_no_half_report(
         "schedule.txt",
     }
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+STAGED = ["wiring.stage_layers=2", "wiring.stage_steps=2"]
+
+
+def test_layers_are_rewired_in_stages(
+    workshop: Any, farskip_command: Command, pretrained: Runs, distilled: Runs, tmp_path: Path
+) -> None:
+    """Steps of the first stage are those of a run with its layers only; the best weights are of the last stage."""
+    original = pretrained("deepseek_v3") / "model"
+    code, out, _ = farskip_command(workshop.distill(tmp_path / "staged", original, *STAGED))
+    assert code == 0
+    said = [line for line in out.splitlines() if line.startswith("step ") and "farskip on" in line]
+    assert said == ["step 1: farskip on 2 of 3 layers (1-2)", "step 3: farskip on 3 of 3 layers (0-2)"]
+    assert farskip_command(workshop.distill(tmp_path / "part", original, "wiring.layers=last:2"))[0] == 0
+    staged, part, whole = (
+        [(row["loss"], row["grad_norm"]) for row in metrics(folder)]
+        for folder in (tmp_path / "staged", tmp_path / "part", distilled("deepseek_v3"))
+    )
+    assert staged[:2] == part[:2] and staged[2] not in (part[2], whole[2])
+    model = farskip.load(tmp_path / "staged" / "model")
+    assert str(farskip.wiring_of(model)) == "farskip on 3 of 3 layers (0-2)"
+    assert (tmp_path / "staged" / "checkpoints" / "best").resolve().name.endswith("4")
+
+
+def test_a_resumed_run_goes_on_in_its_stage(
+    workshop: Any, farskip_command: Command, pretrained: Runs, tmp_path: Path
+) -> None:
+    """A stage ends between two checkpoints."""
+    stages = ["wiring.stage_layers=2", "wiring.stage_steps=3", "training.checkpoint.keep_last=9"]
+    words = workshop.distill(tmp_path / "whole", pretrained("deepseek_v3") / "model", *stages)
+    assert farskip_command(words)[0] == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut", symlinks=True)
+    for gone in ("model", "checkpoints/step_00000004"):
+        shutil.rmtree(tmp_path / "cut" / gone)
+    (tmp_path / "cut" / "checkpoints" / "best").unlink()
+    code, out, _ = farskip_command([*words, f"run.folder={tmp_path / 'cut'}", "run.resume=true"])
+    assert code == 0
+    said = [line for line in out.splitlines() if line.startswith("step ") and "farskip on" in line]
+    assert said == ["step 3: farskip on 2 of 3 layers (1-2)", "step 4: farskip on 3 of 3 layers (0-2)"]
+    whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["wiring.stage_layers=1"], "wiring.stage_steps=0: stages need at least 1 layer and 1 step each"),
+        (["wiring.stage_steps=1"], "wiring.stage_layers=0: stages need at least 1 layer and 1 step each"),
+        (
+            ["wiring.stage_layers=1", "wiring.stage_steps=2"],
+            "the last of 3 stages would begin at step 5, training.num_steps=4 end before",
+        ),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(
+    words: list[str], says: str, workshop: Any, farskip_command: Command, pretrained: Runs, tmp_path: Path
+) -> None:
+    code, _, err = farskip_command(workshop.distill(tmp_path / "run", pretrained("deepseek_v3") / "model", *words))
+    assert code == 2 and says in err and err.count("\n") == 1
 
 
 def test_other_wirings_start_from_a_converted_model(
