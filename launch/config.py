@@ -102,6 +102,9 @@ class ParallelConfig:
     triton: or an error that says why not; reference: their plain-torch twins, on any device; off: none of them."""
     overlap_gradients: bool = True
     """Gradients of replicated parameters are summed over ranks under the last backward of a step; else behind it."""
+    shard_optimizer: bool = False
+    """Ranks that hold the same parameters divide their update: of 8 bytes of AdamW state per parameter each keeps its
+    share, and every step ends with a gather of what the others updated. Same bits. No effect on one rank."""
     link: LinkConfig = field(default_factory=LinkConfig)
 
     def check(self) -> None:

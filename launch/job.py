@@ -180,6 +180,7 @@ def prepare(
             sharded=attachment.sharded_experts,
             layout=attachment.tensor_layout,
             overlap=parallel.overlap_gradients,
+            shard_optimizer=parallel.shard_optimizer and not frozen,
             links=[each.link for each in (dispatcher, tensor_parallel) if each is not None],
         )
     balancer: Balancer | None = None
@@ -357,7 +358,7 @@ def _load_weights(prepared: Prepared, config: TrainingConfig, folder: Path, chec
     module = prepared.model
     device = next(module.parameters()).device
     store = CheckpointStore(folder / CHECKPOINTS, prepared.communicator, keep_last=1, device=device)
-    optimizer = build_optimizer(module, config.optimizer)
+    optimizer = build_optimizer(module, config.optimizer, prepared.communicator.shares)
     store.load(checkpoint, lambda names: tensors_to_fill(names, module, optimizer, prepared.communicator))
 
 

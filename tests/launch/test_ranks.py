@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,39 @@ def test_serial_and_overlapped_give_equal_bits(
     code, out, _ = farskip_command([*words, "--model", str(run / "model"), "--times", str(run)])
     assert code == 0
     assert json.loads(out)["stage_ms"] == json.loads((run / "stage_times.json").read_text())
+
+
+def num_parts(checkpoint: Path, name: str) -> int:
+    """In how many parts a tensor was written."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    stored: Any = FileSystemReader(checkpoint).read_metadata().state_dict_metadata[name]
+    return len(stored.chunks)
+
+
+def test_a_divided_optimizer_changes_no_bit_and_its_run_goes_on_on_one_rank(
+    rank_pool: Any, workshop: Any, tmp_path: Path
+) -> None:
+    timings = {"step_s", "tokens_per_s", "exposed_share"}
+    seen, half = [], "checkpoints/step_00000002"
+    for name, parts in (("false", 1), ("true", 2)):
+        words = workshop.pretrain(tmp_path / name, f"parallel.shard_optimizer={name}")[1:]
+        assert rank_pool.run(on_this_rank, 2, "pretrain_job", words) == [None, None]
+        seen.append([{k: v for k, v in line.items() if k not in timings} for line in metrics(tmp_path / name)])
+        assert num_parts(tmp_path / name / half, "optimizer.exp_avg.model.norm.weight") == parts
+    assert len(seen[0]) == 4 and seen[0] == seen[1]
+    shutil.copytree(tmp_path / "true" / half, tmp_path / "one" / half)
+    more = ["parallel.shard_optimizer=true", "run.resume=true"]
+    words = workshop.pretrain(tmp_path / "one", *more, batch_size=4)[1:]
+    assert rank_pool.run(on_this_rank, 1, "pretrain_job", words) == [None]
+    ours, theirs = metrics(tmp_path / "one"), metrics(tmp_path / "true")
+    assert [line["step"] for line in ours] == [3, 4]
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs[2:]], rel=2e-4), name
+    words = workshop.pretrain(tmp_path / "other", "run.resume=true", batch_size=2)[1:]
+    shutil.copytree(tmp_path / "true" / half, tmp_path / "other" / half)
+    (said,) = rank_pool.run(on_this_rank, 1, "pretrain_job", words)
+    assert "the saved position in the data is for data.batch_size * ranks=4, but this run has" in said
 
 
 def test_distillation_with_recompute_and_an_emulated_link(
