@@ -33,8 +33,6 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
         False when it was asked to stop before the end: nothing is exported, the run can be resumed.
     """
     from farskip.launch import job
-    from farskip.models.fresh import build_model
-    from farskip.models.surgery import rewire
     from farskip.objectives import PretrainObjective
     from farskip.trainer import StopReason
 
@@ -45,14 +43,7 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
         check_run_folder(folder, resume=config.run.resume)
     tokenizer, data = job.build_text(config.data, config.parallel, ranks)
     mesh = job.build_job_mesh(config.parallel, ranks)
-    model = build_model(
-        config.model.family,
-        config.model.config,
-        vocab_size=len(tokenizer),
-        end_of_document_id=tokenizer.eos_token_id,
-        seed=config.model.seed,
-    )
-    rewire(model, config.wiring.name, job.parse_layers(config.wiring.layers))
+    model = job.build_spread(config.model, tokenizer, config.wiring, config.parallel, ranks, mesh)
     precision = config.training.precision
     prepared = job.prepare(model, config.parallel, config.balance, ranks, mesh, precision=precision)
     objective = PretrainObjective(prepared.language_model, chunk_tokens=config.training.loss_chunk_tokens)

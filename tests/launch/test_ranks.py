@@ -133,6 +133,45 @@ def test_serial_and_overlapped_give_equal_bits(
     assert json.loads(out)["stage_ms"] == json.loads((run / "stage_times.json").read_text())
 
 
+class Words:
+    """A tokenizer as far as a model is built by it."""
+
+    eos_token_id = 7
+
+    def __len__(self) -> int:
+        return 61
+
+
+def first_weights(settings: dict[str, Any], **degrees: int) -> dict[str, Any]:
+    """What this rank of a pretraining starts with."""
+    import torch.distributed as dist
+
+    from farskip.launch import job
+    from farskip.launch.config import FreshModelConfig, ParallelConfig, WiringConfig
+    from farskip.launch.ranks import Ranks
+
+    ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device="cpu")
+    parallel, model = ParallelConfig(**degrees), FreshModelConfig(family="qwen3_moe", config=settings)
+    mesh = job.build_job_mesh(parallel, ranks)
+    return dict(job.build_spread(model, Words(), WiringConfig(), parallel, ranks, mesh).state_dict())
+
+
+@pytest.mark.parametrize("degrees", [{"ep": 2}, {"ep": 1, "tp": 2}], ids=str)
+def test_every_rank_starts_with_its_slices_of_the_model_of_one(degrees: dict[str, int], rank_pool: Any) -> None:
+    import torch
+
+    sizes = {"hidden_size": 16, "head_dim": 8, "moe_intermediate_size": 8, "num_hidden_layers": 2}
+    settings = {**sizes, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    (whole,) = rank_pool.run(first_weights, 1, settings)
+    num_cut = 0
+    for rank, mine in enumerate(rank_pool.run(first_weights, 2, settings, **degrees)):
+        for name, tensor in whole.items():
+            cut = [dim for dim in range(tensor.dim()) if tensor.shape[dim] != mine[name].shape[dim]]
+            assert torch.equal(mine[name], tensor.chunk(2, cut[0])[rank] if cut else tensor), name
+            num_cut += len(cut)
+    assert num_cut == 2 * 2 * (2 if "tp" not in degrees else 4), "two stacks of experts or four projections per layer"
+
+
 def num_parts(checkpoint: Path, name: str) -> int:
     """In how many parts a tensor was written."""
     from torch.distributed.checkpoint import FileSystemReader
