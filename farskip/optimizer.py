@@ -41,8 +41,7 @@ def build_optimizer(
     """AdamW over the module's trainable parameters.
 
     Args:
-        module: whose gradients are final when the optimizer's ``step`` is called; they are its own to drop
-            (``module.zero_grad``).
+        module: whose gradients are final when the optimizer's ``step`` is called.
         config: rates and the like.
         shares: who updates what; None: this rank everything. Else ``step`` is a collective.
 
@@ -71,17 +70,30 @@ def build_optimizer(
         {"params": _held(decayed, shares), "weight_decay": config.weight_decay},
         {"params": _held(spared, shares), "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
         **_flags(config.implementation, devices),
-    )
-    if shares is not None:
-        optimizer.register_step_pre_hook(lambda *_: shares.begin())
-        optimizer.register_step_post_hook(lambda *_: shares.finish())
+    }
+    if shares is None:
+        return torch.optim.AdamW(groups, **settings)
+    optimizer = _AdamWOfShares(groups, **settings)
+    optimizer.module = module
+    optimizer.register_step_pre_hook(lambda *_: shares.begin())
+    optimizer.register_step_post_hook(lambda *_: shares.finish())
     return optimizer
+
+
+class _AdamWOfShares(torch.optim.AdamW):
+    """Updates shares of a module's parameters. Gradients are those of the parameters."""
+
+    module: torch.nn.Module
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the module's; the shares' are gone with each step."""
+        self.module.zero_grad(set_to_none)
 
 
 def _held(parameters: Named, shares: UpdateShares | None) -> list[torch.nn.Parameter]:

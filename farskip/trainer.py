@@ -169,7 +169,7 @@ def train(
             rate = learning_rate(progress.step, config.num_steps, config.optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            module.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             sums = _Sums()
             for number, batch in enumerate(micro_batches, start=1):
                 if balancer is not None:

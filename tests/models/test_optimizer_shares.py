@@ -46,7 +46,7 @@ def trained(case: str, ep: int, tp: int, divided: bool) -> tuple[Any, int]:
         ranks.reduce_gradients()
         assert float(ranks.clip_gradients(0.1)) > 0.1, "the clip has to bite"
         optimizer.step()
-        model.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     state = [value for held in optimizer.state.values() for value in held.values() if value.dim()]
     return model, sum(value.numel() for value in state)
 
