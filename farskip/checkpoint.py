@@ -9,9 +9,8 @@ told.
                                   manifest.json                 step, ranks, versions, progress, size of every file
     checkpoints/best -> step_00000200
 
-Refuses: to read a folder without manifest, with a file missing or of another size, of another number of ranks or
-another model; to keep anything of a checkpoint that could not be written whole. All ranks must see the same file
-system.
+Refuses: to read a folder without manifest, with a file missing or of another size, or of another model; to keep
+anything of a checkpoint that could not be written whole. All ranks must see the same file system.
 """
 
 import io
@@ -228,29 +227,25 @@ class CheckpointStore:
             tensors_for: given the names in the checkpoint, the tensors to fill.
 
         Returns:
-            What this rank gave to ``save`` as ``rank_state``, and the progress.
+            What this rank gave to ``save`` as ``rank_state``, and the progress. Of a checkpoint of another number of
+            ranks: what rank 0 gave.
 
         Raises:
-            ValueError: one line when it is damaged, of another number of ranks or another model.
+            ValueError: one line when it is damaged or of another model.
         """
-        manifest = read_manifest(path)
-        if manifest.world_size != self._communicator.world_size:
-            raise ValueError(
-                f"{path} was written by {manifest.world_size} ranks and there are {self._communicator.world_size}: "
-                f"resume on {manifest.world_size}, or start a new run from its weights"
-            )
+        manifest, world_size = read_manifest(path), self._communicator.world_size
         try:
             with _quiet_single_process():
                 reader = dcp.FileSystemReader(path)
                 stored = reader.read_metadata().state_dict_metadata
                 tensors = tensors_for(set(stored))
                 _compare(path, stored, tensors)
-                dcp.load(tensors, storage_reader=reader, no_dist=manifest.world_size == 1)
+                dcp.load(tensors, storage_reader=reader, no_dist=world_size == 1)
         except CheckpointException as error:
             raise ValueError(f"{path} cannot be read: {_first_failure(error)}; {_ANOTHER}") from error
         except (EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path / '.metadata'} cannot be read: {_one_line(error)}; {_ANOTHER}") from error
-        rank_file = path / _rank_file(self._communicator.rank)
+        rank_file = path / _rank_file(self._communicator.rank if manifest.world_size == world_size else 0)
         try:
             rank_state: dict[str, Any] = torch.load(rank_file, map_location="cpu", weights_only=True)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:

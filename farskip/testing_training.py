@@ -106,10 +106,12 @@ class TinyBatches:
 
     Args:
         seeds: of the batches, in order.
+        world_size: number of ranks, each of which has other batches.
     """
 
-    def __init__(self, seeds: list[int]) -> None:
+    def __init__(self, seeds: list[int], world_size: int = 1) -> None:
         self._seeds = seeds
+        self._world_size = world_size
         self._next = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -122,12 +124,14 @@ class TinyBatches:
         return tiny_batch(self._seeds[self._next - 1])
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches handed out."""
-        return {"next": self._next}
+        """The number of batches handed out to all ranks."""
+        return {"next": self._next * self._world_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after that many."""
-        self._next = state["next"]
+        if state["next"] % self._world_size:
+            raise ValueError(f"{state['next']} batches were used, which {self._world_size} ranks cannot have done")
+        self._next = state["next"] // self._world_size
 
 
 class TinyData:
@@ -146,7 +150,8 @@ class TinyData:
 
     def train_batches(self) -> TinyBatches:
         """From the first one."""
-        return TinyBatches([i * self._world_size + self._rank for i in range(self._num_batches)])
+        seeds = [i * self._world_size + self._rank for i in range(self._num_batches)]
+        return TinyBatches(seeds, self._world_size)
 
     def heldout_batches(self, num_batches: int) -> Iterator[Batch]:
         """The same at every call."""
@@ -164,6 +169,7 @@ class ReplicatedRanks:
         self._module = module
         self.rank = self.data_rank = dist.get_rank()
         self.world_size = self.data_size = dist.get_world_size()
+        self.shares = None
 
     def expect_last_backward(self) -> None:
         """Nothing is sent early."""

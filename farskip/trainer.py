@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from farskip.batch import Batch
-from farskip.checkpoint import CheckpointStore, Progress, latest_checkpoint
+from farskip.checkpoint import CheckpointStore, Progress, latest_checkpoint, read_manifest
 from farskip.evaluation import Evaluation, autocast, evaluate
 from farskip.learning_rate import learning_rate
 from farskip.metrics import StepReport, rank_zero_outputs
@@ -118,7 +118,7 @@ def train(
     config.check()
     module, rank = objective.model.module, communicator.rank
     device = next(module.parameters()).device
-    optimizer = build_optimizer(module, config.optimizer)
+    optimizer = build_optimizer(module, config.optimizer, communicator.shares)
     batches = data.train_batches()
     store = CheckpointStore(
         run_folder / CHECKPOINTS, communicator, keep_last=config.checkpoint.keep_last, device=device
@@ -149,7 +149,8 @@ def train(
         )
         if resume is not None:
             state, progress = store.load(resume, lambda names: tensors_to_fill(names, module, optimizer, communicator))
-            restore_rank_state(state, batches, device)
+            own = read_manifest(resume).world_size == communicator.world_size
+            restore_rank_state(state, batches, device, generators=own)
         run_folder.mkdir(parents=True, exist_ok=True)
         outputs = rank_zero_outputs(
             stack, rank, run_folder,

@@ -54,7 +54,7 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; null: never."""
     implementation: OptimizerImplementation = OptimizerImplementation.auto
-    """How the update runs: auto (fused where torch has it), fused, foreach or loop."""
+    """How the update runs: auto (fused on CUDA, foreach elsewhere), fused, foreach or loop."""
 
 
 @dataclass(kw_only=True)

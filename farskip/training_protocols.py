@@ -30,6 +30,31 @@ class LanguageModel(Protocol):
         ...
 
 
+class UpdateShares(Protocol):
+    """An optimizer's work divided over the ranks that hold the same parameters."""
+
+    def of(self, name: str) -> torch.nn.Parameter:
+        """What this rank's optimizer updates of a parameter: a share of it, or all if it cannot be divided. The same
+        object at every call."""
+        ...
+
+    def is_divided(self, name: str) -> bool:
+        """Whether ``of`` has given a share of it."""
+        ...
+
+    def begin(self) -> None:
+        """In front of the update, when gradients are final: shares get theirs."""
+        ...
+
+    def finish(self) -> None:
+        """After the update: every parameter gets the shares that other ranks updated. A collective."""
+        ...
+
+    def wrap_for_checkpoint(self, name: str, tensor: Tensor) -> Tensor:
+        """As `Communicator.wrap_for_checkpoint`, for optimizer state of a share's shape."""
+        ...
+
+
 class Communicator(Protocol):
     """The ranks of a job. All but ``wrap_for_checkpoint`` and ``exposed_communication_s`` are collectives.
 
@@ -38,12 +63,16 @@ class Communicator(Protocol):
         world_size: number of processes.
         data_rank: which share of the data it sees; processes that share tensors see the same.
         data_size: number of shares.
+        shares: who updates what of the parameters; None: every rank all of its own.
     """
 
     rank: int
     world_size: int
     data_rank: int
     data_size: int
+
+    @property
+    def shares(self) -> UpdateShares | None: ...
 
     def expect_last_backward(self) -> None:
         """In front of a step's last backward: from here on, gradients that are there may be on their way."""
@@ -113,7 +142,13 @@ class TrainBatches(Protocol):
         """The position after the last batch handed out: plain values and tensors only, since it is read back safely."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. On another number of ranks every rank is given what rank 0 saved.
+
+        Raises:
+            ValueError: that position means nothing here.
+        """
+        ...
 
 
 class TrainingData(Protocol):
@@ -161,6 +196,7 @@ class SingleProcess:
 
     rank = data_rank = 0
     world_size = data_size = 1
+    shares = None
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module

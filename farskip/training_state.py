@@ -6,11 +6,14 @@ Refuses: to write or read files.
 """
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from farskip.training_protocols import Communicator, TrainBatches
+
+Wrap = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 def tensors_to_save(
@@ -19,8 +22,10 @@ def tensors_to_save(
     """All tensors of a run by name; the tensors are the run's own, not copies."""
     tensors = _model_tensors(module, communicator)
     for name, parameter in module.named_parameters():
-        for slot, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{slot}.{name}"] = _wrap(communicator, name, value, parameter)
+        held, wrap = _held(communicator, name, parameter)
+        for slot, value in optimizer.state.get(held, {}).items():
+            # A step count is the same on all ranks; only what is shaped like what is held is sharded like it.
+            tensors[f"optimizer.{slot}.{name}"] = wrap(name, value) if value.shape == held.shape else value
     return tensors
 
 
@@ -34,15 +39,17 @@ def tensors_to_fill(
     on_device = any(optimizer.defaults.get(flag) for flag in ("fused", "capturable"))
     for stored in sorted(name for name in stored_names if name.startswith("optimizer.")):
         _, slot, name = stored.split(".", 2)
-        parameter = parameters.get(name)
-        if parameter is None or parameter not in trained:
+        if name not in parameters:
+            continue
+        held, wrap = _held(communicator, name, parameters[name])
+        if held not in trained:
             continue
         if slot == "step":
-            value = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+            value = torch.zeros((), dtype=torch.float32, device=held.device if on_device else "cpu")
         else:
-            value = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        optimizer.state[parameter][slot] = value
-        tensors[stored] = _wrap(communicator, name, value, parameter)
+            value = torch.zeros_like(held, memory_format=torch.preserve_format)
+        optimizer.state[held][slot] = value
+        tensors[stored] = wrap(name, value) if value.shape == held.shape else value
     return tensors
 
 
@@ -58,9 +65,20 @@ def rank_state_to_save(batches: TrainBatches, device: torch.device) -> dict[str,
     return state
 
 
-def restore_rank_state(state: dict[str, Any], batches: TrainBatches, device: torch.device) -> None:
-    """Put the data and the random number generators where ``rank_state_to_save`` saw them."""
+def restore_rank_state(
+    state: dict[str, Any], batches: TrainBatches, device: torch.device, *, generators: bool = True
+) -> None:
+    """Put the data and the random number generators where ``rank_state_to_save`` saw them.
+
+    Args:
+        state: what it gave.
+        batches: of this rank.
+        device: of the model.
+        generators: the state is this rank's own; else it only says where in the data the ranks were.
+    """
     batches.load_state_dict(state["data"])
+    if not generators:
+        return
     random.setstate(state["rng_python"])
     torch.set_rng_state(state["rng_torch"])
     if device.type == "cuda" and "rng_cuda" in state:
@@ -75,6 +93,9 @@ def _model_tensors(module: torch.nn.Module, communicator: Communicator) -> dict[
     }
 
 
-def _wrap(communicator: Communicator, name: str, value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    # A step count is the same on all ranks; only what is shaped like the parameter is sharded like it.
-    return communicator.wrap_for_checkpoint(name, value) if value.shape == parameter.shape else value
+def _held(communicator: Communicator, name: str, parameter: torch.nn.Parameter) -> tuple[torch.nn.Parameter, Wrap]:
+    """What of a parameter the optimizer of this rank holds, and how state of its shape goes into a checkpoint."""
+    shares = communicator.shares
+    if shares is not None and shares.is_divided(name):
+        return shares.of(name), shares.wrap_for_checkpoint
+    return parameter, communicator.wrap_for_checkpoint

@@ -111,6 +111,9 @@ class ParallelConfig:
     gloo_threads: GlooThreads = GlooThreads.auto
     """On CPU: when gloo's threads, which move the bytes, get a core. realtime: at once, ahead of compute (needs a right
     that root has); ordinary: in line with it; auto: realtime where this process may."""
+    shard_optimizer: bool = False
+    """Ranks that hold the same parameters divide their update: of 8 bytes of AdamW state per parameter each keeps its
+    share, and every step ends with a gather of what the others updated. Same bits. No effect on one rank."""
     link: LinkConfig = field(default_factory=LinkConfig)
 
     def check(self) -> None:

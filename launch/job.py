@@ -20,17 +20,26 @@ from farskip.data import TextData, build_data, build_tokenizer
 from farskip.data_config import DataConfig
 from farskip.evaluation import Evaluation, autocast, evaluate
 from farskip.lanes import SideStream
-from farskip.launch.config import BalanceConfig, LinkKind, ParallelConfig, Recompute
+from farskip.launch.config import (
+    BalanceConfig,
+    FreshModelConfig,
+    LinkKind,
+    ParallelConfig,
+    Recompute,
+    WiringConfig,
+)
 from farskip.launch.ranks import Ranks
 from farskip.launch.run_folder import STAGE_TIMES, write_config, write_text
 from farskip.launch.staged_rewiring import StagedRewiring
 from farskip.metrics import StepReport
 from farskip.models.attach import attachment_of, layers_of
 from farskip.models.balancing import DroppedRows, balance_model
+from farskip.models.fresh import build_model
 from farskip.models.kernels import kernels_line, use_kernels
 from farskip.models.language_model import HFLanguageModel
 from farskip.models.parallelize import Spread, parallelize, tune_schedule
 from farskip.models.pretrained import load, save
+from farskip.models.rank_slices import places_here
 from farskip.models.recompute import recompute_stages
 from farskip.models.surgery import rewire, wiring_of
 from farskip.optimizer import build_optimizer
@@ -129,6 +138,36 @@ def load_spread(
     return load(path, wiring, chosen, dtype, ranks.device, mesh, **spread(parallel, mesh))
 
 
+def build_spread(
+    config: FreshModelConfig,
+    tokenizer: Any,
+    wiring: WiringConfig,
+    parallel: ParallelConfig,
+    ranks: Ranks,
+    mesh: DeviceMesh | None,
+) -> Any:
+    """A model with random weights, of which this rank builds and holds its slices only. A collective.
+
+    Args:
+        config: of the model.
+        tokenizer: its vocabulary.
+        wiring: how to wire it.
+        parallel: how it is spread.
+        ranks: this process among the others.
+        mesh: of all ranks; None for a world of one.
+    """
+    model = build_model(
+        config.family,
+        config.config,
+        vocab_size=len(tokenizer),
+        end_of_document_id=tokenizer.eos_token_id,
+        seed=config.seed,
+        here=None if mesh is None else places_here(mesh),
+    ).to(ranks.device)
+    rewire(model, wiring.name, parse_layers(wiring.layers))
+    return model if mesh is None else parallelize(model, mesh, already_cut=True, **spread(parallel, mesh))
+
+
 def spread(parallel: ParallelConfig, mesh: DeviceMesh) -> Spread:
     """The configuration's settings of `parallelize`. Makes links: a collective."""
     link, tensor_link = (build_link(parallel, mesh, axis) for axis in (EP_AXIS, TP_AXIS))
@@ -186,6 +225,7 @@ def prepare(
             sharded=attachment.sharded_experts,
             layout=attachment.tensor_layout,
             overlap=parallel.overlap_gradients,
+            shard_optimizer=parallel.shard_optimizer and not frozen,
             links=[each.link for each in (dispatcher, tensor_parallel) if each is not None],
         )
     balancer: Balancer | None = None
@@ -378,7 +418,7 @@ def _load_weights(prepared: Prepared, config: TrainingConfig, folder: Path, chec
     module = prepared.model
     device = next(module.parameters()).device
     store = CheckpointStore(folder / CHECKPOINTS, prepared.communicator, keep_last=1, device=device)
-    optimizer = build_optimizer(module, config.optimizer)
+    optimizer = build_optimizer(module, config.optimizer, prepared.communicator.shares)
     store.load(checkpoint, lambda names: tensors_to_fill(names, module, optimizer, prepared.communicator))
 
 

@@ -34,8 +34,7 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
     """
     from farskip.launch import job
     from farskip.launch.staged_rewiring import stages_of
-    from farskip.models.fresh import build_model
-    from farskip.models.surgery import rewire, wiring_of
+    from farskip.models.surgery import wiring_of
     from farskip.objectives import PretrainObjective
     from farskip.trainer import StopReason
 
@@ -46,14 +45,7 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
         check_run_folder(folder, resume=config.run.resume)
     tokenizer, data = job.build_text(config.data, config.parallel, ranks)
     mesh = job.build_job_mesh(config.parallel, ranks)
-    model = build_model(
-        config.model.family,
-        config.model.config,
-        vocab_size=len(tokenizer),
-        end_of_document_id=tokenizer.eos_token_id,
-        seed=config.model.seed,
-    )
-    rewire(model, config.wiring.name, job.parse_layers(config.wiring.layers))
+    model = job.build_spread(config.model, tokenizer, config.wiring, config.parallel, ranks, mesh)
     stages = stages_of(config.wiring, wiring_of(model), config.training.num_steps)
     precision = config.training.precision
     prepared = job.prepare(model, config.parallel, config.balance, ranks, mesh, precision=precision)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from farskip.models.family import Family, families
+from farskip.models.fresh_slices import fresh_model
+from farskip.models.rank_slices import RankSlices
 
 
 def family_of_type(name: str) -> Family:
@@ -21,7 +21,13 @@ def family_of_type(name: str) -> Family:
 
 
 def build_model(
-    model_type: str, settings: Mapping[str, Any], *, vocab_size: int, end_of_document_id: int | None, seed: int
+    model_type: str,
+    settings: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    end_of_document_id: int | None,
+    seed: int,
+    here: RankSlices | None = None,
 ) -> Any:
     """A transformers causal language model with random weights, the same on every rank.
 
@@ -31,6 +37,7 @@ def build_model(
         vocab_size: entries of the tokenizer.
         end_of_document_id: the token that ends a generation.
         seed: of the weights.
+        here: this rank's slices, of which alone it gets memory (`farskip.models.fresh_slices`); None: the whole model.
 
     Raises:
         ValueError: unknown family, a key that its config does not have, or values that do not go together.
@@ -49,9 +56,7 @@ def build_model(
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(f"model.config does not make a {family.name}: {' '.join(str(error).split())}") from error
     _check_sizes(config)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return family.model_class()(config)
+    return fresh_model(family, config, seed, here or RankSlices())
 
 
 def _check_sizes(config: Any) -> None:

@@ -86,6 +86,11 @@ def slices_here(folder: Path, config: Mapping[str, Any], mesh: DeviceMesh) -> Ra
     if reason is not None:
         _warn(mesh, f"load {folder}: every rank reads the whole checkpoint, because {reason}")
         return None
+    return places_here(mesh)
+
+
+def places_here(mesh: DeviceMesh) -> RankSlices:
+    """What is this rank's of any model on a mesh."""
     return RankSlices(experts=_place(mesh, EP_AXIS), tensors=_place(mesh, TP_AXIS))
 
 

@@ -84,13 +84,18 @@ def check_tensor_parallel(model: Any, family: Family, blocks: list[HFSubBlocks],
             )
 
 
+def cut_dimensions(model: Any, family: Family) -> dict[str, int]:
+    """The dimension along which each parameter of the plan is cut, by name."""
+    return {name: dim for name, _, dim in _to_cut(model, _plan(model, family))}
+
+
 def cut_parameters(model: Any, family: Family, rank: int, size: int) -> dict[str, int]:
     """Cut every parameter of the plan to this rank's slice, in place. `check_tensor_parallel` came before.
 
     Returns:
         The dimension along which each of them was cut, by name.
     """
-    sharded = _dimensions(model, family)
+    sharded = cut_dimensions(model, family)
     for name, dim in sharded.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -113,7 +118,7 @@ def cut_tensors(model: Any, family: Family, rank: int, size: int, *, already_cut
     Returns:
         How the parameters lie now.
     """
-    sharded = _dimensions(model, family) if already_cut else cut_parameters(model, family, rank, size)
+    sharded = cut_dimensions(model, family) if already_cut else cut_parameters(model, family, rank, size)
     for name, dim in sharded.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -137,10 +142,6 @@ def head_norms(model: Any, family: Family) -> list[nn.Module]:
 
 def _plan(model: Any, family: Family) -> dict[str, str]:
     return {**(getattr(model.config, "base_model_tp_plan", None) or {}), **family.tensor_plan}
-
-
-def _dimensions(model: Any, family: Family) -> dict[str, int]:
-    return {name: dim for name, _, dim in _to_cut(model, _plan(model, family))}
 
 
 def _style(plan: Mapping[str, str], name: str) -> str | None:

@@ -8,7 +8,8 @@ Under tensor parallelism the ranks of a ``tp`` group share their tokens: only ra
 for gradients that are terms of a sum over ``tp`` (`farskip.parallel.tensor_parallel.TensorLayout.partial`), which are
 summed over all ranks.
 
-Sums are launched while the last backward of a step still runs (`farskip.parallel.gradient_sums`).
+Sums are launched while the last backward of a step still runs (`farskip.parallel.gradient_sums`). The update behind
+them can be divided over the ranks that hold the same (`farskip.parallel.optimizer_shares`).
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from farskip.parallel.collectives import ProcessGroupLink
 from farskip.parallel.gradient_sums import GradientSums
 from farskip.parallel.mesh import DATA_AXIS, EP_AXIS, REPLICA_AXIS, TP_AXIS, axes_of, axis_group, axis_size
+from farskip.parallel.optimizer_shares import OptimizerShares, Slices
 from farskip.parallel.tensor_parallel import TensorLayout
 from farskip.wait_meter import WaitMeter
 
@@ -35,6 +37,8 @@ class DataParallel:
         layout: how the other parameters lie on the ``tp`` axis.
         links: links whose waiting time counts as exposed communication.
         overlap: sum gradients under the last backward of a step; else behind it. The same bits.
+        shard_optimizer: ranks that hold the same parameter divide its update and the optimizer's state. The same bits.
+            `farskip.optimizer.build_optimizer` is given ``shares``.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class DataParallel:
         layout: TensorLayout | None = None,
         links: Iterable[ProcessGroupLink] = (),
         overlap: bool = True,
+        shard_optimizer: bool = False,
     ) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
@@ -72,6 +77,10 @@ class DataParallel:
         ]
         if axis_size(mesh, REPLICA_AXIS) > 1:
             summed.append((self._expert_parameters, mesh.get_group(REPLICA_AXIS)))
+        self.shares: OptimizerShares | None = None
+        if shard_optimizer and self.world_size > 1:
+            slices = {name: self._slices(name) for name in parameters}
+            self.shares = OptimizerShares(mesh, parameters, slices, self._meter)
         self._sums = [GradientSums(some, group, self._meter, early=overlap) for some, group in summed]
 
     def expect_last_backward(self) -> None:
@@ -129,12 +138,12 @@ class DataParallel:
 
     def wrap_for_checkpoint(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A DTensor over this rank's slice of a parameter or of its optimizer state, else the tensor itself."""
-        if self._kind(name) not in ("experts", "slices") or tensor.dim() == 0:
+        slices = self._slices(name)
+        if not slices.axes or tensor.dim() == 0:
             return tensor
-        axes, dim = axes_of(self._mesh, EP_AXIS), 0
-        if name in self._layout.sharded:
-            axes, dim = (TP_AXIS,), self._layout.sharded[name]
-        placements = [Shard(dim) if axis in axes else Replicate() for axis in self._mesh.mesh_dim_names or ()]
+        placements = [
+            Shard(slices.dim) if axis in slices.axes else Replicate() for axis in self._mesh.mesh_dim_names or ()
+        ]
         return DTensor.from_local(tensor, self._mesh, placements, run_check=False)
 
     def exposed_communication_s(self) -> float:
@@ -149,6 +158,11 @@ class DataParallel:
         if name in self._layout.sharded:
             return "slices"
         return "partial" if name in self._layout.partial else "replicated"
+
+    def _slices(self, name: str) -> Slices:
+        if name in self._layout.sharded:
+            return Slices(axes=(TP_AXIS,), dim=self._layout.sharded[name])
+        return Slices(axes=axes_of(self._mesh, EP_AXIS) if name in self._sharded else ())
 
     def _squares(self, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

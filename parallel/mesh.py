@@ -9,6 +9,7 @@ Neighbors in ``tp`` see the same tokens; all other ranks are data-parallel. Expe
 so ``ep`` is the two last axes together, and ``data``, the ranks with other tokens, the two first.
 """
 
+import math
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from farskip.parallel.degrees import check_degrees
 
 EP_AXIS, REPLICA_AXIS, TP_AXIS, EP_GROUPS_AXIS, DATA_AXIS = "ep", "replica", "tp", "ep_groups", "data"
+SLICES_AXIS, COPIES_AXIS = "slices", "copies"
 _TOGETHER = {EP_AXIS: (EP_GROUPS_AXIS, TP_AXIS), DATA_AXIS: (REPLICA_AXIS, EP_GROUPS_AXIS)}
 
 
@@ -54,6 +56,30 @@ def build_mesh(ep: int, device_type: str = "cpu", *, tp: int = 1) -> DeviceMesh:
         for axis in {*(mesh.mesh_dim_names or ()), *(_TOGETHER if ep > 1 and tp > 1 else ())}:
             _set_pg_timeout(timeout, mesh.get_group(axis))
     return mesh
+
+
+def copies_mesh(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
+    """All ranks of a mesh by what they hold of something that is cut over some of its axes.
+
+    Args:
+        mesh: of all ranks.
+        axes: over which it is cut, in the order of the mesh; none: every rank holds the whole.
+
+    Returns:
+        A mesh with the axes ``slices``, in the order of the cut, and ``copies``, the ranks that hold the same slice.
+        A collective; its groups wait as long as those of `build_mesh`.
+    """
+    names = mesh.mesh_dim_names or ()
+    cut = [names.index(axis) for axis in axes]
+    others = [number for number in range(len(names)) if number not in cut]
+    num_slices = math.prod(mesh.size(number) for number in cut)
+    ranks = mesh.mesh.permute(*cut, *others).reshape(num_slices, -1)
+    copies = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=(SLICES_AXIS, COPIES_AXIS))
+    timeout = timeout_of(None)
+    if timeout is not None:
+        for axis in (SLICES_AXIS, COPIES_AXIS):
+            _set_pg_timeout(timeout, copies.get_group(axis))
+    return copies
 
 
 def axis_size(mesh: DeviceMesh, axis: str) -> int:

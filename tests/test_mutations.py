@@ -67,6 +67,7 @@ RACES = "parallel/test_races.py"
 DISPATCHER = "parallel/test_dispatcher.py"
 DATA_PARALLEL = "parallel/test_data_parallel.py"
 GRADIENT_SUMS = "parallel/test_gradient_sums.py"
+OPTIMIZER_SHARES = "parallel/test_optimizer_shares.py"
 EMULATED = "parallel/test_emulated_link.py"
 ORDINARY = "models/test_ordinary_equals_untouched.py"
 WIRINGS = "models/test_wirings.py"
@@ -104,6 +105,7 @@ LADDER_REFERENCE = Catch(WIRINGS, "test_logits_and_every_gradient", ("deepseek_v
 UNTOUCHED = Catch(ORDINARY, "test_logits_and_gradients", ("deepseek_v3", "sdpa"))
 ONE_RANK = Catch(DISPATCHER, "test_one_rank", (7, 2, 2))
 SUMS = Catch(DATA_PARALLEL, "sums", (2, 1 << 20), 4)
+DIVIDED = Catch(OPTIMIZER_SHARES, "divided_equals_undivided", (2, 2), 4)
 EARLY_SUMS = Catch(GRADIENT_SUMS, "early_equals_late", (2,), 2)
 NORM = Catch(DATA_PARALLEL, "norm", (2, 0.25), 4)
 POINT = Catch(GRID, "run_corner", ({"world": 2, "ep": 2},), 2)
@@ -944,6 +946,48 @@ MUTATIONS = [
         "another_group(self._ranks)",
         "self._ranks or dist.group.WORLD",
         Catch(GRADIENT_SUMS, "beside_what_is_in_flight", (), 2),
+    ),
+    Mutation(
+        "the share of another rank is read before it is there",
+        _PARALLEL + "optimizer_shares:_Bucket.finish",
+        "self._pending.wait()",
+        "self._pending.unfilled",
+        DIVIDED,
+    ),
+    Mutation(
+        "the last shares on their way are forgotten",
+        _PARALLEL + "optimizer_shares:OptimizerShares.finish",
+        "for bucket in under_way:",
+        "for bucket in ():",
+        DIVIDED,
+    ),
+    Mutation(
+        "a share gets the gradient of the first one",
+        _PARALLEL + "optimizer_shares:_Share.take",
+        "self._rank * self.longest, here",
+        "0, here",
+        DIVIDED,
+    ),
+    Mutation(
+        "a share that was copied is not put back",
+        _PARALLEL + "optimizer_shares:_Share.put_back",
+        "here.copy_(self.mine)",
+        "pass",
+        DIVIDED,
+    ),
+    Mutation(
+        "a copy of a share stays when it has been put back",
+        _PARALLEL + "optimizer_shares:_Share.put_back",
+        "self.mine.data, self.mine.grad = here, None",
+        "self.mine.grad = None",
+        Catch(OPTIMIZER_SHARES, "kept", (2, 1), 2),
+    ),
+    Mutation(
+        "a checkpoint takes slices with other experts for copies",
+        _PARALLEL + "optimizer_shares:OptimizerShares.wrap_for_checkpoint",
+        "Shard(slices.dim) if slices.axes else Replicate()",
+        "Replicate()",
+        DIVIDED,
     ),
     # tensor parallelism: waits
     Mutation(

@@ -134,12 +134,9 @@ def test_a_damaged_manifest_is_told(tmp_path: Path, content: str) -> None:
         read_manifest(path)
 
 
-def test_another_format_or_number_of_ranks_is_refused(tmp_path: Path) -> None:
+def test_another_format_is_refused(tmp_path: Path) -> None:
     path = _store(tmp_path).save(TENSORS, {}, Progress(step=1))
     content = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(json.dumps(content | {"world_size": 2}))
-    with pytest.raises(ValueError, match="was written by 2 ranks and there are 1: resume on 2, or start a new run"):
-        _store(tmp_path).load(path, _empty)
     (path / MANIFEST).write_text(json.dumps(content | {"format": 9}))
     with pytest.raises(ValueError, match="has checkpoint format 9, this farskip reads 1"):
         read_manifest(path)

@@ -105,6 +105,20 @@ def test_resume_is_exact_on_two_ranks(rank_pool: RankPool, tmp_path: Path) -> No
     _assert_resumed_exactly(second)
 
 
+def _two_more_steps(folder: str, saved: str) -> tuple[list[int], float]:
+    reports: list[StepReport] = []
+    train_tiny(tiny_objective(), Path(folder), tiny_config(3), on_step=[reports.append], resume=Path(saved))
+    return [report.step for report in reports], torch.rand(1).item()
+
+
+def test_ranks_that_take_over_a_run_of_another_number_draw_different_dropout(
+    rank_pool: RankPool, tmp_path: Path
+) -> None:
+    saved = train_tiny(tiny_objective(), tmp_path / "one", tiny_config(1, accumulation=2)).last_checkpoint
+    (steps, first), (_, second) = rank_pool.run(_two_more_steps, 2, str(tmp_path / "two"), str(saved))
+    assert steps == [2, 3] and first != second
+
+
 def test_a_used_folder_is_not_trained_into_again(tmp_path: Path) -> None:
     result = train_tiny(tiny_objective(), tmp_path, tiny_config(1))
     with pytest.raises(ValueError, match="already holds a run up to step_00000001: resume from that checkpoint"):

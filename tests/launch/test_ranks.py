@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,78 @@ def test_serial_and_overlapped_give_equal_bits(
     code, out, _ = farskip_command([*words, "--model", str(run / "model"), "--times", str(run)])
     assert code == 0
     assert json.loads(out)["stage_ms"] == json.loads((run / "stage_times.json").read_text())
+
+
+class Words:
+    """A tokenizer as far as a model is built by it."""
+
+    eos_token_id = 7
+
+    def __len__(self) -> int:
+        return 61
+
+
+def first_weights(settings: dict[str, Any], **degrees: int) -> dict[str, Any]:
+    """What this rank of a pretraining starts with."""
+    import torch.distributed as dist
+
+    from farskip.launch import job
+    from farskip.launch.config import FreshModelConfig, ParallelConfig, WiringConfig
+    from farskip.launch.ranks import Ranks
+
+    ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device="cpu")
+    parallel, model = ParallelConfig(**degrees), FreshModelConfig(family="qwen3_moe", config=settings)
+    mesh = job.build_job_mesh(parallel, ranks)
+    return dict(job.build_spread(model, Words(), WiringConfig(), parallel, ranks, mesh).state_dict())
+
+
+@pytest.mark.parametrize("degrees", [{"ep": 2}, {"ep": 1, "tp": 2}], ids=str)
+def test_every_rank_starts_with_its_slices_of_the_model_of_one(degrees: dict[str, int], rank_pool: Any) -> None:
+    import torch
+
+    sizes = {"hidden_size": 16, "head_dim": 8, "moe_intermediate_size": 8, "num_hidden_layers": 2}
+    settings = {**sizes, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    (whole,) = rank_pool.run(first_weights, 1, settings)
+    num_cut = 0
+    for rank, mine in enumerate(rank_pool.run(first_weights, 2, settings, **degrees)):
+        for name, tensor in whole.items():
+            cut = [dim for dim in range(tensor.dim()) if tensor.shape[dim] != mine[name].shape[dim]]
+            assert torch.equal(mine[name], tensor.chunk(2, cut[0])[rank] if cut else tensor), name
+            num_cut += len(cut)
+    assert num_cut == 2 * 2 * (2 if "tp" not in degrees else 4), "two stacks of experts or four projections per layer"
+
+
+def num_parts(checkpoint: Path, name: str) -> int:
+    """In how many parts a tensor was written."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    stored: Any = FileSystemReader(checkpoint).read_metadata().state_dict_metadata[name]
+    return len(stored.chunks)
+
+
+def test_a_divided_optimizer_changes_no_bit_and_its_run_goes_on_on_one_rank(
+    rank_pool: Any, workshop: Any, tmp_path: Path
+) -> None:
+    timings = {"step_s", "tokens_per_s", "exposed_share"}
+    seen, half = [], "checkpoints/step_00000002"
+    for name, parts in (("false", 1), ("true", 2)):
+        words = workshop.pretrain(tmp_path / name, f"parallel.shard_optimizer={name}")[1:]
+        assert rank_pool.run(on_this_rank, 2, "pretrain_job", words) == [None, None]
+        seen.append([{k: v for k, v in line.items() if k not in timings} for line in metrics(tmp_path / name)])
+        assert num_parts(tmp_path / name / half, "optimizer.exp_avg.model.norm.weight") == parts
+    assert len(seen[0]) == 4 and seen[0] == seen[1]
+    shutil.copytree(tmp_path / "true" / half, tmp_path / "one" / half)
+    more = ["parallel.shard_optimizer=true", "run.resume=true"]
+    words = workshop.pretrain(tmp_path / "one", *more, batch_size=4)[1:]
+    assert rank_pool.run(on_this_rank, 1, "pretrain_job", words) == [None]
+    ours, theirs = metrics(tmp_path / "one"), metrics(tmp_path / "true")
+    assert [line["step"] for line in ours] == [3, 4]
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs[2:]], rel=2e-4), name
+    words = workshop.pretrain(tmp_path / "other", "run.resume=true", batch_size=2)[1:]
+    shutil.copytree(tmp_path / "true" / half, tmp_path / "other" / half)
+    (said,) = rank_pool.run(on_this_rank, 1, "pretrain_job", words)
+    assert "the saved position in the data is for data.batch_size * ranks=4, but this run has" in said
 
 
 def test_distillation_with_recompute_and_an_emulated_link(
