@@ -1,8 +1,7 @@
 """The executor on toy sub-blocks and a fake link: every placement, wiring and cut computes the same bits, in order."""
 
 import itertools
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,126 +16,12 @@ from farskip.recorder import Recorder
 from farskip.residual import MLP_NORM
 from farskip.schedule import Do, Instruction, Segment, build_schedule, even_segments
 from farskip.simulator import placements
-from farskip.stage import Norm, RoutedRows, Routing, Seam, WeightOn
-from farskip.triton_kernels.add_rms_norm import add_rms_norm
-from farskip.triton_kernels.release_attention import release_attention
-from farskip.triton_kernels.release_both import release_both
-from farskip.triton_kernels.release_router import release_router
-from farskip.triton_kernels.release_router_by_use import release_router_by_use
-from farskip.wiring import ATTENTION, DENSE, MOE, MOE_SHARED, LayerBlocks, LayerWiring, Wiring
+from farskip.stage import Norm, WeightOn
+from farskip.testing import load_beside
+from farskip.wiring import ATTENTION, MOE, MOE_SHARED, LayerBlocks, Wiring
 
-NAMES = ("ordinary", "farskip", "attn_only", "parallel", "ladder")
-MIX = (DENSE, MOE_SHARED, MOE, MOE_SHARED)
-SC_MOE = Wiring((LayerWiring(routed=("attention",)),) * 4)
-SHARED_READS_ALL = Wiring((LayerWiring(attention=("previous.routed",), routed=("attention",)),) * 4)
-"""Farskip whose shared expert waits for attention: y has three uses whose order a placement can change."""
-WIRINGS = [Wiring.named(name, 4) for name in NAMES] + [Wiring.named("farskip", 4, [1, 3]), SC_MOE, SHARED_READS_ALL]
-EXPERTS, TOP_K, WIDTH = 4, 2, 8
-EPS = 1e-6
-
-
-class ToyBlocks:
-    """Sub-blocks of one matrix each; norms and projections use their input as often as real ones do."""
-
-    def __init__(self, blocks: LayerBlocks, seed: int) -> None:
-        self.blocks = blocks
-        generator = torch.Generator().manual_seed(seed)
-
-        def matrix(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, WIDTH, generator=generator).div_(3).requires_grad_()
-
-        self.parameters = {
-            name: matrix(*shape)
-            for name, shape in {
-                **dict.fromkeys(("query", "key", "value", "output", "mlp", "up", "shared"), (WIDTH,)),
-                "gate": (EXPERTS,),
-                "experts": (EXPERTS, WIDTH),
-                **dict.fromkeys((ATTENTION, MLP_NORM), ()),
-            }.items()
-        }
-
-    def attention_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
-        return self.norm(ATTENTION, stream_BSD)
-
-    def mlp_norm(self, stream_BSD: torch.Tensor) -> torch.Tensor:
-        return self.norm(MLP_NORM, stream_BSD)
-
-    def norm(self, name: str, stream_BSD: torch.Tensor) -> torch.Tensor:
-        return stream_BSD * (stream_BSD.square().mean(-1, keepdim=True) + EPS).rsqrt() * self.parameters[name]
-
-    def attention(self, normed_BSD: torch.Tensor, seam: Seam, arguments: Mapping[str, Any]) -> torch.Tensor:
-        weights = self.parameters
-        query, key, value = seam(*(normed_BSD @ weights[name] for name in ("query", "key", "value")))
-        return torch.softmax(query @ key.transpose(-1, -2), -1) @ value @ weights["output"]
-
-    def mlp(self, normed_BSD: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(normed_BSD @ self.parameters["mlp"]) * (normed_BSD @ self.parameters["up"])
-
-    def shared(self, normed_BSD: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(normed_BSD @ self.parameters["shared"]) * (normed_BSD @ self.parameters["up"])
-
-    def route(self, normed_BSD: torch.Tensor) -> Routing:
-        logits_TE = normed_BSD.reshape(-1, WIDTH) @ self.parameters["gate"].T
-        weights_TK, experts_TK = logits_TE.softmax(-1).topk(TOP_K)
-        return Routing(logits_TE=logits_TE, weights_TK=weights_TK, experts_TK=experts_TK)
-
-    def routed(self, normed_BSD: torch.Tensor, routing: Routing) -> torch.Tensor:
-        tokens = normed_BSD.reshape(-1, WIDTH)
-        every_TED = torch.einsum("td,edf->tef", tokens, self.parameters["experts"]).tanh()
-        chosen = every_TED.gather(1, routing.experts_TK.unsqueeze(-1).expand(-1, -1, WIDTH))
-        return (chosen * routing.weights_TK.unsqueeze(-1)).sum(1).view(normed_BSD.shape)
-
-    def expert_rows(self, rows_RD: torch.Tensor, expert_R: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("rd,rdf->rf", rows_RD, self.parameters["experts"][expert_R]).tanh()
-
-
-class ToyKernels:
-    """The plain twins of the fused ops over the norms of toy sub-blocks."""
-
-    def __init__(self, layers: Sequence[ToyBlocks], called: Collection[Norm] = ()) -> None:
-        self.layers, self.called, self.ops = layers, called, Counter[str]()
-
-    def run_on(self, stream_BSD: torch.Tensor) -> bool:
-        return True
-
-    def fusible(self, start: int, stop: int, stream_BSD: torch.Tensor) -> frozenset[Norm]:
-        norms = {Norm(layer, name) for layer in range(start, stop) for name in (ATTENTION, MLP_NORM)}
-        return frozenset(norms.difference(self.called))
-
-    def weights(self, op: str, norms: tuple[Norm, ...]) -> list[torch.Tensor]:
-        self.ops[op] += 1
-        return [self.layers[norm.layer].parameters[norm.name] for norm in norms]
-
-    def add_norm(self, norms: Any, *terms: Any) -> Any:
-        return add_rms_norm(*terms, *self.weights("add_norm", norms), EPS)
-
-    def release_attention(self, norms: Any, *terms: Any) -> Any:
-        return release_attention(*terms, *self.weights("release_attention", norms), EPS)
-
-    def release_router(self, norms: Any, y: Any, r: Any, s: Any = None) -> Any:
-        routed, how = self.routed(r)
-        return release_router(y, s, routed, *self.weights("release_router", norms), EPS, **how)
-
-    def release_router_by_use(self, norms: Any, num_uses: int, gradient: Any, y: Any, r: Any, s: Any = None) -> Any:
-        (routed, how), (weight,) = self.routed(r), self.weights("release_router", norms)
-        self.ops["by_use"] += 1
-
-        def take(arrived: torch.Tensor) -> Any:
-            taken = gradient.take(arrived)
-            self.ops["unsummed"] += taken is not None
-            return taken
-
-        return release_router_by_use(y, s, routed, weight, EPS, num_uses, take, **how)
-
-    def release_both(self, norms: Any, x: Any, a: Any, r: Any, s: Any) -> Any:
-        routed, how = self.routed(r)
-        return release_both(x, a, s, routed, *self.weights("release_both", norms), EPS, **how)
-
-    def routed(self, r: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        if not isinstance(r, RoutedRows):
-            return r, {}
-        self.ops["rows"] += 1
-        return r.rows_RD, {"dispatch": r.dispatch, "combine_weights": r.weights_TK}
+toys = load_beside(__file__, "toy_layers")
+MIX, WIRINGS, EXPERTS, WIDTH = toys.MIX, toys.WIRINGS, toys.EXPERTS, toys.WIDTH
 
 
 def without(plan: FusionPlan, as_rows: bool, by_use: bool) -> FusionPlan:
@@ -171,8 +56,8 @@ class Run:
         capacity: int | None = None,
         weight_on: WeightOn = WeightOn.OUTPUT,
     ) -> None:
-        layers = [ToyBlocks(blocks, seed) for seed, blocks in enumerate(mix)]
-        self.kernels = ToyKernels(layers, called)
+        layers = [toys.ToyBlocks(blocks, seed) for seed, blocks in enumerate(mix)]
+        self.kernels = toys.ToyKernels(layers, called)
         self.link, self.recorder = FakeLink(delay), Recorder()
         dispatcher = AllToAllDispatcher(self.link, EXPERTS, chunks, capacity=capacity) if expert_parallel else None
         executor = Executor(layers, wiring, dispatcher=dispatcher, mode=mode)
@@ -187,24 +72,10 @@ class Run:
         if placement is not None:
             executor.set_schedule(build_schedule(executor.graph, mode, segments=cut, placement=placement))
         self.schedule = executor.schedule(cut)
-        x = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(9), requires_grad=True)
-        stream, partial = x * 1.0, x * 1.0
-        for segment in self.schedule.segments:
-            stream, partial = executor.run_segment(
-                self.schedule, segment, stream, partial, [{}] * len(mix), recompute=recompute
-            )
-        (stream * torch.arange(WIDTH)).sum().backward()
-        self.tensors = {"output": stream.detach(), "x": x.grad}
-        for index, layer in enumerate(layers):
-            for name, parameter in layer.parameters.items():
-                if parameter.grad is not None:
-                    self.tensors[f"{name}.{index}"] = parameter.grad
+        self.tensors = toys.passed_through(executor, self.schedule, layers, recompute=recompute)
 
     def assert_equal_bits(self, other: "Run") -> None:
-        assert self.tensors.keys() == other.tensors.keys()
-        for name, tensor in self.tensors.items():
-            assert tensor is not None and tensor.isfinite().all(), f"{name} is not finite: something was read too early"
-            assert torch.equal(tensor, other.tensors[name]), f"{name} differs in bits"
+        toys.assert_equal_bits(self.tensors, other.tensors)
         assert not self.link.in_flight and not self.link.lost
 
 
@@ -347,12 +218,12 @@ def test_merge_does_nothing_where_rows_go_on() -> None:
     """Its place in the schedule stays; the copies it made are not made there."""
     merged: list[int] = []
     for as_rows in (True, False):
-        layers = [ToyBlocks(MOE_SHARED, seed) for seed in range(4)]
+        layers = [toys.ToyBlocks(MOE_SHARED, seed) for seed in range(4)]
         dispatcher = AllToAllDispatcher(FakeLink(), EXPERTS)
         real = dispatcher.merge
         dispatcher.merge = lambda *a, real=real: (merged.append(1), real(*a))[1]  # type: ignore[method-assign]
         executor = Executor(layers, Wiring.named("farskip", 4), dispatcher=dispatcher)
-        executor.stream_kernels = ToyKernels(layers) if as_rows else None
+        executor.stream_kernels = toys.ToyKernels(layers) if as_rows else None
         x = torch.randn(2, 3, WIDTH)
         executor.run_segment(executor.schedule(), Segment(0, 4), x, x, [{}] * 4)
         assert len(merged) == (1 if as_rows else 5), "what leaves a segment is a plain sum"
@@ -363,13 +234,13 @@ def test_merge_does_nothing_where_rows_go_on() -> None:
 def test_the_backward_of_an_op_lies_inside_the_stage_that_formed_it(wiring: Wiring, mode: str) -> None:
     """It holds the backward of the stage's norm: outside, its time would be nobody's. Not so, as with plain adds, where
     one sum is formed on the way to another (ladder behind a dense layer)."""
-    layers = [ToyBlocks(MOE_SHARED, seed) for seed in range(4)]
+    layers = [toys.ToyBlocks(MOE_SHARED, seed) for seed in range(4)]
     executor = Executor(layers, wiring, dispatcher=AllToAllDispatcher(FakeLink(), EXPERTS), mode=mode)
     inside: list[str] = []
     formed: list[str] = []
     undone: list[str] = []
 
-    class Watched(ToyKernels):
+    class Watched(toys.ToyKernels):
         def weights(self, op: str, norms: tuple[Norm, ...]) -> list[torch.Tensor]:
             weights = [weight * 1 for weight in super().weights(op, norms)]
             formed.append(stage := str(inside[-1]))
@@ -393,9 +264,9 @@ def test_the_backward_of_an_op_lies_inside_the_stage_that_formed_it(wiring: Wiri
 def test_whatever_begins_also_ends_before_the_next_begins(wiring: Wiring, recompute: bool, kernels: bool) -> None:
     """Profiler ranges that never end, or overlap, would make a trace unreadable. A recomputation is nested in the
     stage of the backward pass that first asked for it."""
-    layers = [ToyBlocks(blocks, seed) for seed, blocks in enumerate(MIX)]
+    layers = [toys.ToyBlocks(blocks, seed) for seed, blocks in enumerate(MIX)]
     executor = Executor(layers, wiring, dispatcher=AllToAllDispatcher(FakeLink(), EXPERTS))
-    executor.stream_kernels = ToyKernels(layers) if kernels else None
+    executor.stream_kernels = toys.ToyKernels(layers) if kernels else None
     open_now: list[tuple[Instruction, str]] = []
     counts = {"begun": 0, "ended": 0}
 
@@ -457,7 +328,7 @@ def assert_close(local: Run, dispatched: Run) -> None:
 
 
 def test_an_attention_that_misses_the_seam_is_refused() -> None:
-    layers = [ToyBlocks(MOE, 0)]
+    layers = [toys.ToyBlocks(MOE, 0)]
     layers[0].attention = lambda normed_BSD, seam, arguments: normed_BSD  # type: ignore[method-assign, assignment]
     executor = Executor(layers, Wiring.named("farskip", 1), mode="serial")
     x = torch.randn(1, 2, WIDTH)
@@ -467,7 +338,7 @@ def test_an_attention_that_misses_the_seam_is_refused() -> None:
 
 def test_an_unknown_mode_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="schedule 'parallel' is unknown"):
-        Executor([ToyBlocks(MOE, 0)], Wiring.named("farskip", 1), mode="parallel")
+        Executor([toys.ToyBlocks(MOE, 0)], Wiring.named("farskip", 1), mode="parallel")
 
 
 def test_the_recorder_names_the_first_step_that_differs() -> None:
@@ -493,7 +364,7 @@ def test_wirings_differ_where_they_should() -> None:
 @pytest.mark.parametrize("wiring", WIRINGS, ids=str)
 def test_exchanges_are_under_way_exactly_while_the_schedule_says_so(wiring: Wiring, mode: str, chunks: int) -> None:
     """In backward too: one that waited as soon as it had launched would give the same bits and hide nothing."""
-    layers = [ToyBlocks(blocks, seed) for seed, blocks in enumerate(MIX)]
+    layers = [toys.ToyBlocks(blocks, seed) for seed, blocks in enumerate(MIX)]
     link = FakeLink(at_wait)
     executor = Executor(layers, wiring, dispatcher=AllToAllDispatcher(link, EXPERTS, chunks), mode=mode)
     seen: dict[str, list[int]] = {"forward": [], "backward": []}

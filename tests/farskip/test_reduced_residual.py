@@ -19,16 +19,14 @@ from farskip.recorder import Recorder
 from farskip.schedule import Do, Instruction, Segment, build_schedule, even_segments
 from farskip.simulator import placements_beside_reductions
 from farskip.testing import assert_close, load_beside
-from farskip.wiring import DENSE, MOE_SHARED, LayerBlocks, LayerWiring, Wiring
+from farskip.wiring import DENSE, MOE_SHARED, LayerBlocks, Wiring
 
-toys = load_beside(__file__, "test_executor")
+toys = load_beside(__file__, "toy_layers")
 WIDTH, EXPERTS, MIX, ToyBlocks = toys.WIDTH, toys.EXPERTS, toys.MIX, toys.ToyBlocks
 
-SC_MOE = Wiring((LayerWiring(routed=("attention",)),) * 4)
-NAMED = ("ordinary", "farskip", "attn_only", "parallel", "ladder")
-WIRINGS = {name: Wiring.named(name, 4) for name in NAMED} | {
+WIRINGS = {name: Wiring.named(name, 4) for name in toys.NAMES} | {
     "hybrid": Wiring.named("ladder", 4, [1, 2]),
-    "sc_moe": SC_MOE,
+    "sc_moe": toys.SC_MOE,
 }
 MIXES = {"dense": (DENSE,) * 4, "moe": (MOE_SHARED,) * 4, "mixed": MIX}
 
@@ -67,27 +65,12 @@ class Run:
                 build_schedule(self.executor.graph, mode, segments=segments, placement=placement)
             )
         self.schedule = self.executor.schedule(segments)
-        x = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(9), requires_grad=True)
-        stream, partial = x * 1.0, x * 1.0
-        for segment in self.schedule.segments:
-            stream, partial = self.executor.run_segment(
-                self.schedule, segment, stream, partial, [{}] * 4, recompute=recompute
-            )
-        (stream * torch.arange(WIDTH)).sum().backward()
-        assert x.grad is not None
-        self.tensors = {"output": stream.detach(), "x": x.grad}
-        for index, layer in enumerate(layers):
-            for name, parameter in layer.parameters.items():
-                if parameter.grad is not None:
-                    self.tensors[f"{name}.{index}"] = parameter.grad
+        self.tensors = toys.passed_through(self.executor, self.schedule, layers, recompute=recompute)
         for link in (self.link, self.tensor_link):
             assert not link.in_flight and not link.lost
 
     def assert_equal_bits(self, other: "Run") -> None:
-        assert self.tensors.keys() == other.tensors.keys()
-        for name, tensor in self.tensors.items():
-            assert tensor.isfinite().all(), f"{name} is not finite: something was read too early"
-            assert torch.equal(tensor, other.tensors[name]), f"{name} differs in bits"
+        toys.assert_equal_bits(self.tensors, other.tensors)
 
 
 def both(wiring: str, mix: str, **settings: Any) -> tuple[Run, Run]:

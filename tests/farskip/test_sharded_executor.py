@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import torch
 
 from farskip.executor import Executor, Observer
 from farskip.parallel.dispatcher import AllToAllDispatcher
@@ -22,7 +21,7 @@ from farskip.simulator import StageTimes
 from farskip.testing import assert_close, load_beside, poison_empty
 from farskip.wiring import DENSE, MOE, MOE_SHARED, LayerBlocks, Wiring
 
-toys = load_beside(__file__, "test_executor")
+toys = load_beside(__file__, "toy_layers")
 WIDTH, EXPERTS, ToyBlocks = toys.WIDTH, toys.EXPERTS, toys.ToyBlocks
 WIRINGS = {name: Wiring.named(name, 4) for name in toys.NAMES} | {
     "hybrid": Wiring.named("ladder", 4, [1, 2]),
@@ -68,30 +67,12 @@ class Run:
         self.executor.stream_kernels = self.kernels if kernels else None
         self.executor.observers += [self.recorder, *([watch(self.links)] if watch else [])]
         self.schedule = self.executor.schedule(even_segments(4, segment_layers))
-        x_BSD = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(9), requires_grad=True)
-        shards = self.executor.shard_tokens(x_BSD.shape)
         with poison_empty():
-            stream = shards.enter(x_BSD * 1.0) if shards else x_BSD * 1.0
-            partial = stream
-            for segment in self.schedule.segments:
-                stream, partial = self.executor.run_segment(
-                    self.schedule, segment, stream, partial, [{}] * 4, recompute=recompute, shards=shards
-                )
-            stream = shards.leave(stream) if shards else stream
-            (stream * torch.arange(WIDTH)).sum().backward()
-        assert x_BSD.grad is not None
-        self.tensors = {"output": stream.detach(), "x": x_BSD.grad}
-        for index, layer in enumerate(layers):
-            for name, parameter in layer.parameters.items():
-                if parameter.grad is not None:
-                    self.tensors[f"{name}.{index}"] = parameter.grad
+            self.tensors = toys.passed_through(self.executor, self.schedule, layers, tokens=5, recompute=recompute)
         assert not any(link.in_flight or link.lost for link in self.links)
 
     def assert_equal_bits(self, other: "Run") -> None:
-        assert self.tensors.keys() == other.tensors.keys()
-        for name, tensor in self.tensors.items():
-            assert tensor.isfinite().all(), f"{name} is not finite: something was read too early"
-            assert torch.equal(tensor, other.tensors[name]), f"{name} differs in bits"
+        toys.assert_equal_bits(self.tensors, other.tensors)
 
 
 def both(wiring: str, mix: str, **settings: Any) -> tuple[Run, Run]:

@@ -24,7 +24,8 @@ from farskip.testing_lanes import MAIN, SIDE, LaneBook
 from farskip.wait_meter import WaitMeter
 from farskip.wiring import MOE_SHARED, Wiring
 
-toys = load_beside(__file__, "test_executor")
+toys = load_beside(__file__, "toy_layers")
+WithoutLanes = load_beside(__file__, "test_executor").Run
 WIRINGS, MIX, WIDTH = toys.WIRINGS, toys.MIX, toys.WIDTH
 ASIDE = ("merge", "merge_and_route")
 FARSKIP = Wiring.named("farskip", 4)
@@ -129,7 +130,7 @@ class Run:
 def test_every_placement_gives_the_bits_of_serial_without_a_race(
     wiring: Wiring, kernels: bool, side_stream: str
 ) -> None:
-    serial = toys.Run(wiring, "serial", kernels=kernels)
+    serial = WithoutLanes(wiring, "serial", kernels=kernels)
     for placement in PLACEMENTS:
         aside = Run(wiring, side_stream, placement=placement, kernels=kernels)
         aside.check(serial)
@@ -145,7 +146,7 @@ def test_chunks_segments_and_recomputation_give_the_bits_of_overlapped_without_a
 ) -> None:
     for chunks, length in ((1, 2), (2, 4)) if recompute else ((2, 2),):
         settings: dict[str, Any] = {"chunks": chunks, "recompute": recompute}
-        plain = toys.Run(wiring, "overlapped", segments=even_segments(4, length), **settings)
+        plain = WithoutLanes(wiring, "overlapped", segments=even_segments(4, length), **settings)
         Run(wiring, side_stream, length=length, **settings).check(plain)
 
 
@@ -158,7 +159,7 @@ def test_a_fixed_capacity_too(side_stream: str) -> None:
 
 @pytest.mark.parametrize("side_stream", ASIDE)
 def test_without_a_device_of_streams_the_lane_runs_in_place(side_stream: str) -> None:
-    plain = toys.Run(FARSKIP, "overlapped")
+    plain = WithoutLanes(FARSKIP, "overlapped")
     layers = [toys.ToyBlocks(blocks, seed) for seed, blocks in enumerate(MIX)]
     dispatcher = AllToAllDispatcher(FakeLink(at_wait), toys.EXPERTS)
     executor = Executor(layers, FARSKIP, dispatcher=dispatcher, side_stream=side_stream)
