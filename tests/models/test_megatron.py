@@ -1,0 +1,358 @@
+"""Rewired megatron-core models on CPU: against the stock model, the equations, and one schedule against the other.
+
+Every case runs on ranks, because Megatron wants its process groups even for one.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from farskip.models.megatron import executor_of, rewire_spec
+from farskip.models.testing_megatron import (
+    causal_mask,
+    global_names,
+    megatron_ranks,
+    tiny_gpt_model,
+    tiny_megatron_config,
+    tiny_megatron_spec,
+    tokens,
+)
+from farskip.models.testing_models import forced_routing, next_token_loss
+from farskip.parallel.testing_links import LateLink
+from farskip.recorder import Recorder
+from farskip.schedule import Do
+from farskip.testing import assert_close, assert_equal_bits, load_beside
+
+if TYPE_CHECKING:
+    from farskip.testing import RankPool
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
+
+equations = load_beside(__file__, "two_stream_reference")
+reference = load_beside(__file__, "megatron_reference")
+
+LOGITS = {"max_error": 5e-5}
+"""DESIGN.md 4: weights of experts are applied behind them instead of inside, and sums have another order."""
+GRADIENTS = {"rel_norm": 1e-4}
+"""DESIGN.md 4."""
+WIRINGS = ("ordinary", "farskip", "attn_only", "mlp_only", "ladder")
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {"moe": False, "add_bias_linear": True},
+    "moe": {"shared": False},
+    "shared": {},
+    "gated": {
+        "moe_shared_expert_gate": True,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": 2.5,
+    },
+    "input": {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
+}
+"""Settings of configs: biases, shared experts, a gate on one and DeepSeek-V3's router, weights on experts' inputs."""
+BATCH, LENGTH = 2, 7
+
+Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""Logits or losses, and gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One model. `changes` are settings of its TransformerConfig."""
+
+    kind: str = "shared"
+    wiring: str = "farskip"
+    layers: str = "all"
+    chunks: int = 1
+    routing: str = "free"
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> Any:
+        return tiny_megatron_config(**{**KINDS[self.kind], **self.changes}, expert_model_parallel_size=self.ranks)
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size() if self.kind != "dense" else 1
+
+    def stock(self) -> Any:
+        config = self.config()
+        return tiny_gpt_model(config, tiny_megatron_spec(config))
+
+    def ours(self, schedule: str = "overlapped") -> Any:
+        config = self.config()
+        spec = rewire_spec(
+            tiny_megatron_spec(config), self.wiring, self.layers, schedule=schedule, chunks=self.chunks, link=LateLink
+        )
+        return tiny_gpt_model(config, spec)
+
+
+def ids_of(ranks: Sequence[int]) -> torch.Tensor:
+    return torch.cat([tokens(BATCH, LENGTH, seed=100 + rank)[0] for rank in ranks])
+
+
+def step(model: Any, ids_BS: torch.Tensor, num_targets: int | None = None) -> Outcome:
+    """Logits, and gradients by their names in the model of one rank."""
+    positions_BS = torch.arange(LENGTH).expand(ids_BS.shape)
+    return finish(model, model(ids_BS, positions_BS, causal_mask(LENGTH)), ids_BS, num_targets)
+
+
+def finish(model: Any, logits: torch.Tensor, ids_BS: torch.Tensor, num_targets: int | None = None) -> Outcome:
+    next_token_loss(logits, ids_BS, num_targets).backward()
+    named = global_names(model)
+    return logits.detach(), {name: each.grad.clone() for name, each in named.items() if each.grad is not None}
+
+
+# -- ordinary wiring equals the stock model --
+
+
+def ordinary(kinds: list[str]) -> None:
+    with megatron_ranks(expert=dist.get_world_size()):
+        ids = ids_of([dist.get_rank()])
+        for kind in kinds:
+            setting = Setting(kind=kind, wiring="ordinary")
+            theirs, ours = setting.stock(), setting.ours()
+            assert theirs.state_dict().keys() == ours.state_dict().keys()
+            (expected, expected_gradients), (logits, gradients) = step(theirs, ids), step(ours, ids)
+            assert len(gradients) == len(list(ours.parameters()))
+            if dist.get_world_size() == 1:
+                assert_equal_bits(logits, expected)
+                if kind in ("dense", "moe"):
+                    assert_equal_bits(gradients, expected_gradients)
+                else:  # in front of a shared expert three gradients meet, and are added in another order
+                    assert_close(gradients, expected_gradients, **GRADIENTS)
+            else:
+                assert_close(logits, expected, **LOGITS)
+                assert_close(gradients, expected_gradients, **GRADIENTS)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ordinary_is_the_stock_model(rank_pool: "RankPool", world: int) -> None:
+    rank_pool.run(ordinary, world, list(KINDS))
+
+
+# -- every wiring equals its equations --
+
+
+def wirings(names: list[str], kinds: list[str], layers: str) -> None:
+    with megatron_ranks(expert=dist.get_world_size()):
+        ids = ids_of([dist.get_rank()])
+        for name in names:
+            for kind in kinds:
+                setting = Setting(kind=kind, wiring=name, layers=layers)
+                theirs = setting.stock()
+                topology = {"mlp_only": "parallel"}.get(name, name)
+                topologies = [topology if layers == "all" or layer >= 2 else "ordinary" for layer in range(4)]
+                expected, expected_gradients = finish(
+                    theirs, reference.logits(equations, theirs, ids, causal_mask(LENGTH), topologies), ids
+                )
+                logits, gradients = step(setting.ours(), ids)
+                assert_close(logits, expected, **LOGITS)
+                assert_close(gradients, expected_gradients, **GRADIENTS)
+
+
+@pytest.mark.parametrize(("world", "layers"), [(1, "all"), (1, "last:2"), (2, "all")])
+def test_every_wiring_is_its_equations(rank_pool: "RankPool", world: int, layers: str) -> None:
+    rank_pool.run(wirings, world, list(WIRINGS), list(KINDS) if world == 1 else list(KINDS)[1:], layers)
+
+
+# -- serial and overlapped, recomputed or not, have the same bits --
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "each": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "pairs": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+    "some": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp", "shared_experts"]},
+}
+
+
+def schedules(settings: list[Setting]) -> None:
+    with megatron_ranks(expert=dist.get_world_size()):
+        ids = ids_of([dist.get_rank()])
+        for setting in settings:
+            serial = step(setting.ours("serial"), ids)
+            model, recorder = setting.ours(), Recorder()
+            executor_of(model).observers.append(recorder)
+            overlapped = step(model, ids)
+            assert_equal_bits(overlapped[0], serial[0])
+            assert_equal_bits(overlapped[1], serial[1])
+            check_order(model, recorder)
+            for recompute in ("each", "pairs", "some", "selective"):
+                changed = replace(setting, changes={**setting.changes, **RECOMPUTE[recompute]})
+                for mode in ("serial", "overlapped"):
+                    model, recorder = changed.ours(mode), Recorder()
+                    executor_of(model).observers.append(recorder)
+                    again = step(model, ids)
+                    assert_equal_bits(again[0], serial[0])
+                    assert_equal_bits(again[1], serial[1])
+                    check_order(model, recorder)
+
+
+def check_order(model: Any, recorder: Recorder) -> None:
+    """Autograd followed the backward list, and of an overlapped one exchanges were under compute."""
+    stage, config = model.decoder.layers[0].farskip_stage, model.config
+    full = config.recompute_granularity == "full"
+    schedule = executor_of(model).schedule(stage.segments(recompute=full))
+    recomputed = list(schedule.segments if full else ())
+    if config.recompute_method == "block":
+        recomputed = recomputed[: config.recompute_num_layers]
+    again = [each.bare for segment in reversed(recomputed) for each in schedule.of_segment(segment)]
+    assert recorder.forward == [each.bare for each in schedule.forward] + again
+    assert recorder.backward == [each.bare for each in schedule.backward]
+    for seen in (recorder.forward, recorder.backward):
+        in_flight, covered = 0, 0
+        for each in seen:
+            in_flight += {Do.LAUNCH: 1, Do.WAIT: -1, Do.RUN: 0}[each.do]
+            covered += each.do is Do.RUN and in_flight > 0
+        assert (covered > 0) == (schedule.mode == "overlapped")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [Setting(), Setting(kind="moe", wiring="ladder")],
+        [Setting(chunks=2), Setting(wiring="attn_only", layers="last:2")],
+        [Setting(wiring="ladder"), Setting(wiring="mlp_only")],
+    ],
+    ids=["farskip", "chunks", "ladder"],
+)
+def test_serial_overlapped_and_recomputed_have_the_same_bits(rank_pool: "RankPool", settings: list[Setting]) -> None:
+    rank_pool.run(schedules, 2, settings)
+
+
+# -- experts on two ranks equal experts on one --
+
+
+def spread(settings: list[Setting], num_ranks: int) -> list[Outcome]:
+    """The step of the batch of `num_ranks` ranks; on one rank it is the whole batch's."""
+    alone = dist.get_world_size() == 1
+    with megatron_ranks(expert=dist.get_world_size()):
+        ids = ids_of(range(num_ranks) if alone else [dist.get_rank()])
+        outcomes = []
+        for setting in settings:
+            model = setting.ours()
+            executor_of(model).routing_hook = forced_routing(setting.routing, tokens_per_rank=BATCH * LENGTH)
+            outcomes.append(step(model, ids, num_ranks * BATCH * (LENGTH - 1)))
+        return outcomes
+
+
+def test_two_ranks_are_one(rank_pool: "RankPool") -> None:
+    """Without auxiliary loss, which Megatron takes over each rank's tokens alone."""
+    settings = [Setting(wiring=name, changes={"moe_aux_loss_coeff": 0.0}) for name in WIRINGS]
+    settings.append(replace(settings[1], routing="one_expert"))  # and the second rank gets no row
+    ones, twos = rank_pool.run(spread, 1, settings, 2)[0], rank_pool.run(spread, 2, settings, 2)
+    for number, (logits, gradients) in enumerate(ones):
+        parts = [outcomes[number] for outcomes in twos]
+        assert_close(torch.cat([part[0] for part in parts]), logits, **LOGITS)
+        total: dict[str, torch.Tensor] = {}
+        for name in gradients:  # experts lie on one of the ranks, and got the gradients of both ranks' tokens
+            total[name] = torch.stack([part[1][name] for part in parts if name in part[1]]).sum(0)
+        assert_close(total, gradients, **GRADIENTS)
+
+
+# -- pipeline stages --
+
+
+def pipelined(settings: list[Setting], world: int, expert: int = 1) -> list[Outcome]:
+    """Losses of the micro-batches, and gradients, by Megatron's own schedules, over `world` stages."""
+    with megatron_ranks(pipeline=world, expert=expert):
+        from megatron.core import parallel_state
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        outcomes = []
+        for setting in settings:
+            config = tiny_megatron_config(
+                **{**KINDS[setting.kind], **setting.changes},
+                pipeline_model_parallel_size=world,
+                expert_model_parallel_size=expert,
+                variable_seq_lengths=world > 1,
+                deallocate_pipeline_outputs=True,
+            )
+            spec = rewire_spec(tiny_megatron_spec(config), setting.wiring, setting.layers)
+            place = parallel_state.get_pipeline_model_parallel_rank()
+            first, last = place == 0, place == world - 1
+            model = tiny_gpt_model(config, spec, pre_process=first, post_process=last)
+            losses = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter([ids_of([number + 3 * (dist.get_rank() % expert)]) for number in range(3)]),
+                model=[model],
+                num_microbatches=3,
+                seq_length=LENGTH,
+                micro_batch_size=BATCH,
+                forward_only=False,
+            )
+            gradients = {name: each.grad.clone() for name, each in global_names(model).items() if each.grad is not None}
+            outcomes.append((torch.stack([each["loss"] for each in losses]) if last else torch.empty(0), gradients))
+        return outcomes
+
+
+def forward_step(batches: Any, model: Any) -> Any:
+    ids_BS = next(batches)
+    output = model(ids_BS, torch.arange(LENGTH).expand(ids_BS.shape), causal_mask(LENGTH))
+
+    def loss_of(logits_BSV: torch.Tensor) -> Any:
+        loss = next_token_loss(logits_BSV, ids_BS)
+        return loss, {"loss": loss.detach().clone()}
+
+    return output, loss_of
+
+
+def test_two_pipeline_stages_are_one(rank_pool: "RankPool") -> None:
+    settings = [
+        Setting(),
+        Setting(wiring="ladder", kind="dense"),
+        Setting(wiring="mlp_only", kind="moe"),
+        Setting(
+            wiring="farskip", layers="first:2"
+        ),  # the cut is inside the model's wiring, and nothing is left out there
+        Setting(changes=RECOMPUTE["each"]),
+    ]
+    alone, stages = rank_pool.run(pipelined, 1, settings, 1)[0], rank_pool.run(pipelined, 2, settings, 2)
+    for number, (losses, gradients) in enumerate(alone):
+        assert len(losses) == 3
+        assert_equal_bits(stages[1][number][0], losses)
+        # without collectives nothing fixes the order of gradient sums, and a cut moves it
+        assert_close({**stages[0][number][1], **stages[1][number][1]}, gradients, rel_norm=1e-6)
+
+
+def test_two_pipeline_stages_of_two_ranks_are_one_stage(rank_pool: "RankPool") -> None:
+    settings = [Setting(), Setting(changes=RECOMPUTE["each"])]
+    alone, stages = rank_pool.run(pipelined, 2, settings, 1, 2), rank_pool.run(pipelined, 4, settings, 2, 2)
+    for number in range(len(settings)):
+        for rank in range(2):
+            losses, gradients = alone[rank][number]
+            (_, first), (last_losses, last) = stages[rank][number], stages[2 + rank][number]
+            assert_equal_bits(last_losses, losses)
+            assert_equal_bits({**first, **last}, gradients)
+
+
+# -- what stays as it is --
+
+
+def unchanged() -> None:
+    with megatron_ranks():
+        setting = Setting(wiring="ordinary")
+        theirs, ours = setting.stock(), setting.ours()
+        sharded = [model.sharded_state_dict(metadata={"dp_cp_group": dist.group.WORLD}) for model in (theirs, ours)]
+        keys = [{name: getattr(each, "key", None) for name, each in one.items()} for one in sharded]
+        assert keys[0] == keys[1]
+        assert any("local_experts" in name for name in keys[0])
+        # a hook sees what each layer returns, whatever the segment
+        seen: list[list[torch.Tensor]] = [[], []]
+        for model, outputs in zip((theirs, ours), seen, strict=True):
+            for layer in model.decoder.layers[1:3]:
+                layer.register_forward_hook(lambda *call, outputs=outputs: outputs.append(call[2][0].detach()))
+        ids = ids_of([0])
+        expected, logits = step(theirs, ids)[0], step(ours, ids)[0]
+        assert_equal_bits(logits, expected)
+        assert [len(each) for each in seen] == [2, 2]
+        for ours_seen, expected in zip(seen[1], seen[0], strict=True):
+            assert_equal_bits(ours_seen, expected)
+
+
+def test_checkpoint_keys_and_hooks_are_those_of_the_stock_model(rank_pool: "RankPool") -> None:
+    rank_pool.run(unchanged, 1)
