@@ -123,7 +123,7 @@ class MegatronSubBlocks:
 def seamed(core_class: type) -> type:
     """A subclass of a core attention that calls the seam first. The same parameters under the same names."""
 
-    class Seamed(core_class):  # type: ignore[misc, valid-type]
+    class Seamed(core_class):
         def forward(
             self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, **keywords: Any
         ) -> torch.Tensor:

@@ -180,7 +180,7 @@ class Stage:
         return Executor(blocks, self.wiring, dispatcher=dispatcher, mode=self._rewiring.schedule)
 
 
-class FarSkipTransformerLayer(TransformerLayer):  # type: ignore[misc]
+class FarSkipTransformerLayer(TransformerLayer):
     """Megatron's layer, whose forward takes part in a call of its segment.
 
     Args:

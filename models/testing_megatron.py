@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -40,14 +41,6 @@ def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _nothing(*arguments: Any, **keywords: Any) -> None:
-    return None
-
-
-def _no_state(*arguments: Any, **keywords: Any) -> torch.Tensor:
-    return torch.zeros(1, dtype=torch.uint8)
-
-
 _zeros = torch.zeros
 
 
@@ -64,6 +57,7 @@ def on_cpu() -> Iterator[None]:
         warnings.simplefilter("ignore")  # its own, at import
         from megatron.core.pipeline_parallel import schedules
         from megatron.core.tensor_parallel import random
+        from megatron.core.transformer import multi_latent_attention
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
     cpu = torch.device("cpu")
     substitutes: tuple[tuple[Any, str, Any], ...] = (
@@ -71,15 +65,16 @@ def on_cpu() -> Iterator[None]:
         (torch.cuda, "current_stream", lambda *_: _Inert()),
         (torch.cuda, "stream", lambda *_: nullcontext()),
         (torch.cuda, "current_device", lambda: cpu),
-        (torch.cuda, "synchronize", _nothing),
-        (torch.cuda, "get_rng_state", _no_state),
-        (torch.cuda, "manual_seed", _nothing),
-        (random, "_get_cuda_rng_state", _no_state),
-        (random, "_set_cuda_rng_state", _nothing),
+        (torch.cuda, "synchronize", lambda *_: None),
+        (torch.cuda, "get_rng_state", lambda *_, **__: torch.zeros(1, dtype=torch.uint8)),
+        (torch.cuda, "manual_seed", lambda *_: None),
+        (random, "_get_cuda_rng_state", lambda *_, **__: torch.zeros(1, dtype=torch.uint8)),
+        (random, "_set_cuda_rng_state", lambda *_, **__: None),
         (token_dispatcher, "maybe_move_tensor_to_cpu", _on_host),
         (schedules.torch, "zeros", _zeros_here),
         # Missing in 0.16.1 where TransformerEngine is: the router then raises a NameError, on a GPU too.
         (moe_utils, "te_general_gemm", None),
+        (multi_latent_attention, "HAVE_TE", False),  # True without it, because an import of stand-ins succeeds
     )
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -111,15 +106,16 @@ def megatron_ranks(*, expert: int = 1, pipeline: int = 1) -> Iterator[None]:
             moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 
-def tiny_megatron_config(*, moe: bool = True, shared: bool = True, **changes: Any) -> Any:
+def tiny_megatron_config(*, moe: bool = True, shared: bool = True, latent: bool = False, **changes: Any) -> Any:
     """A TransformerConfig: four layers of width 32, of which the first is dense if there are experts.
 
     Args:
         moe: whether there are experts.
         shared: whether there is a shared one.
+        latent: whether attention is multi-latent.
         **changes: settings to set otherwise.
     """
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     settings: dict[str, Any] = {
         "num_layers": 4,
@@ -151,6 +147,17 @@ def tiny_megatron_config(*, moe: bool = True, shared: bool = True, **changes: An
         }
         if shared:
             settings["moe_shared_expert_intermediate_size"] = 40
+    if latent:
+        settings |= {
+            "multi_latent_attention": True,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_head_dim": 8,
+            "qk_pos_emb_head_dim": 4,
+            "v_head_dim": 8,
+            "rope_type": "rope",
+        }
+        return MLATransformerConfig(**settings | changes)
     return TransformerConfig(**settings | changes)
 
 
@@ -158,7 +165,23 @@ def tiny_megatron_spec(config: Any, **arguments: Any) -> Any:
     """The stock spec of a block of such layers, without TransformerEngine."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    return get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", **arguments)
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", **arguments)
+    if not config.multi_latent_attention:
+        return spec
+    return replace(spec, layer_specs=[_with_latent_core(one) for one in spec.layer_specs])
+
+
+def _with_latent_core(spec: Any) -> Any:
+    """Multi-latent attention tells its core the widths of heads, which only that of TransformerEngine takes."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class Core(DotProductAttention):
+        def __init__(self, *arguments: Any, k_channels: int = 0, v_channels: int = 0, **keywords: Any) -> None:
+            super().__init__(*arguments, **keywords)
+
+    attention = spec.submodules.self_attention
+    attention = replace(attention, submodules=replace(attention.submodules, core_attention=Core))
+    return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
 
 
 def tiny_gpt_model(config: Any, spec: Any, *, seed: int = 0, **arguments: Any) -> Any:

@@ -25,7 +25,7 @@ def logits(
     """
     positions_BS = torch.arange(ids_BS.shape[1]).expand(ids_BS.shape)
     x = model.embedding(input_ids=ids_BS, position_ids=positions_BS)
-    rotary = model.rotary_pos_emb(ids_BS.shape[1])
+    rotary = None if model.config.multi_latent_attention else model.rotary_pos_emb(ids_BS.shape[1])
     before = None
     for layer, topology in zip(model.decoder.layers, topologies, strict=True):
         normed = layer.input_layernorm(equations._attention_input(topology, x, before))

@@ -41,7 +41,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "fp4": ("e2m1", "context around each layer"),
     "enable_autocast": (True, "round the stream"),
     "fp32_residual_connection": (True, "round the stream"),
-    "cuda_graph_impl": ("local", "whole segment"),
+    "cuda_graph_impl": ("transformer_engine", "whole segment"),
     "cpu_offloading": (True, "between two layers"),
     "fine_grained_activation_offloading": (True, "nothing has tested it"),
     "heterogeneous_block_specs": (True, "configs of their own"),
@@ -62,14 +62,16 @@ def model_of(config: Any, *arguments: Any, **keywords: Any) -> Any:
 
 def building() -> None:
     with megatron_ranks():
+        from megatron.core.transformer.spec_utils import build_module
+
         for name, (value, text) in SETTINGS.items():
             # set behind the config's own checks, which know no CPU
             granularity = {"recompute_granularity": "selective"} if name == "recompute_modules" else {}
             config = tiny_megatron_config(**granularity)
             spec = rewire_spec(tiny_megatron_spec(config))
             setattr(config, name, value)
-            refused(f"cannot honor {name}=", lambda spec=spec, config=config: tiny_gpt_model(config, spec))
-            refused(text, lambda spec=spec, config=config: tiny_gpt_model(config, spec))
+            for words in (f"cannot honor {name}=", text):
+                refused(words, lambda spec=spec, config=config: build_module(spec.layer_specs[0], config=config))
         config = tiny_megatron_config()
         refused("wiring 'farskipp' is unknown", lambda: model_of(config, "farskipp"))
         refused("layer 9 is outside 0..3", lambda: model_of(config, layers=[9]))
