@@ -31,7 +31,7 @@ from farskip.models.megatron_limits import check_call, check_config, check_spec
 from farskip.parallel.collectives import Link
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.schedule import Schedule, Segment, even_segments
-from farskip.wiring import LayerBlocks, Wiring
+from farskip.wiring import ROUTED, LayerBlocks, Wiring
 
 
 class Rewiring:
@@ -172,10 +172,10 @@ class Stage:
         blocks: list[Any] = [Elsewhere(kind) for kind in self._kinds]
         for layer in self._layers:
             blocks[layer.layer_number - 1] = MegatronSubBlocks(layer)
-        experts = next((layer.mlp for layer in self._layers if isinstance(layer.mlp, MoELayer)), None)
-        dispatcher = None
-        if experts is not None and experts.ep_group.size() > 1:
-            link = self._rewiring.make_link(experts.ep_group)
+        dispatcher, group = None, self._layers[0].pg_collection.ep
+        # Also for a stage without experts: all stages have one graph, and one order of gradient sums.
+        if any(ROUTED in kind for kind in self._kinds) and group.size() > 1:
+            link = self._rewiring.make_link(group)
             dispatcher = AllToAllDispatcher(link, self._config.num_moe_experts, self._rewiring.chunks)
         return Executor(blocks, self.wiring, dispatcher=dispatcher, mode=self._rewiring.schedule)
 

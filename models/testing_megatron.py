@@ -86,7 +86,7 @@ def on_cpu() -> Iterator[None]:
 
 
 @contextmanager
-def megatron_ranks(*, expert: int = 1, pipeline: int = 1) -> Iterator[None]:
+def megatron_ranks(*, expert: int = 1, pipeline: int = 1, virtual: int | None = None) -> Iterator[None]:
     """megatron-core's process groups on this world, `on_cpu`, and their end. A collective."""
     with on_cpu():
         from megatron.core import parallel_state
@@ -94,7 +94,9 @@ def megatron_ranks(*, expert: int = 1, pipeline: int = 1) -> Iterator[None]:
         from megatron.core.transformer.moe import moe_utils
 
         parallel_state.initialize_model_parallel(
-            pipeline_model_parallel_size=pipeline, expert_model_parallel_size=expert
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual,
+            expert_model_parallel_size=expert,
         )
         random.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         try:

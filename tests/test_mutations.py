@@ -1347,6 +1347,13 @@ MUTATIONS = [
         MEGATRON_CUT,
     ),
     Mutation(
+        "a pipeline stage without experts adds gradients in an order of its own",
+        _MODELS + "megatron_layer:Stage._make_executor",
+        "in kind for kind in self._kinds)",
+        "in self._kinds[layer.layer_number - 1] for layer in self._layers)",
+        Catch(MEGATRON, "cuts", ([{}], 2, 2), 4),
+    ),
+    Mutation(
         "Megatron's recomputation is not a segment edge",
         _MODELS + "megatron_layer:Stage.segments",
         "if not recompute:",

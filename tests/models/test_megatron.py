@@ -265,38 +265,84 @@ def test_two_ranks_are_one(rank_pool: "RankPool") -> None:
         assert_close(total, gradients, **GRADIENTS)
 
 
+# -- Megatron's own data parallelism --
+
+
+def distributed() -> None:
+    """Gradients that are reduced from hooks of parameters, in small buckets, under backward."""
+    with megatron_ranks(expert=2):
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+        buckets = DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=2000)
+        ordinary, rewired = Setting(wiring="ordinary"), Setting()
+        reduced = []
+        for model in (ordinary.stock(), ordinary.ours(), rewired.ours(), rewired.ours("serial")):
+            wrapped = DistributedDataParallel(model.config, buckets, model)
+            ids_BS = ids_of([dist.get_rank()])
+            logits = wrapped(ids_BS, torch.arange(LENGTH).expand(ids_BS.shape), causal_mask(LENGTH))
+            next_token_loss(logits, ids_BS).backward()
+            wrapped.finish_grad_sync()
+            reduced.append({name: each.main_grad.clone() for name, each in model.named_parameters()})
+        assert_close(reduced[1], reduced[0], **GRADIENTS)
+        assert_equal_bits(reduced[2], reduced[3])
+
+
+def test_under_megatrons_data_parallelism(rank_pool: "RankPool") -> None:
+    rank_pool.run(distributed, 2)
+
+
 # -- pipeline stages --
 
 
-def pipelined(settings: list[Setting], world: int, expert: int = 1) -> list[Outcome]:
-    """Losses of the micro-batches, and gradients, by Megatron's own schedules, over `world` stages."""
-    with megatron_ranks(pipeline=world, expert=expert):
+def pipelined(settings: list[Setting], stages: int, expert: int, chunks: int = 1) -> list[Outcome]:
+    """Losses of the micro-batches, and gradients, by Megatron's own schedules.
+
+    Args:
+        settings: of the models.
+        stages: pipeline stages.
+        expert: ranks that share the experts.
+        chunks: virtual stages of each rank.
+    """
+    virtual = chunks if chunks > 1 else None
+    with megatron_ranks(pipeline=stages, virtual=virtual, expert=expert):
         from megatron.core import parallel_state
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         outcomes = []
+        place = parallel_state.get_pipeline_model_parallel_rank()
         for setting in settings:
             config = tiny_megatron_config(
                 **{**KINDS[setting.kind], **setting.changes},
-                pipeline_model_parallel_size=world,
+                pipeline_model_parallel_size=stages,
+                virtual_pipeline_model_parallel_size=virtual,
                 expert_model_parallel_size=expert,
-                variable_seq_lengths=world > 1,
+                variable_seq_lengths=stages > 1,
                 deallocate_pipeline_outputs=True,
+                # of two stages both neighbors are one rank, and gloo then mixes what goes up with what goes down
+                batch_p2p_comm=not virtual,
             )
-            spec = rewire_spec(tiny_megatron_spec(config), setting.wiring, setting.layers)
-            place = parallel_state.get_pipeline_model_parallel_rank()
-            first, last = place == 0, place == world - 1
-            model = tiny_gpt_model(config, spec, pre_process=first, post_process=last)
+            models = []
+            for chunk in range(chunks):
+                where = {"vp_stage": chunk if virtual else None}
+                spec = rewire_spec(tiny_megatron_spec(config, **where), setting.wiring, setting.layers)
+                first, last = place == chunk == 0, place == stages - 1 and chunk == chunks - 1
+                models.append(tiny_gpt_model(config, spec, pre_process=first, post_process=last, **where))
+            batches = [ids_of([number + 4 * (dist.get_rank() % expert)]) for number in range(4)]
             losses = get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter([ids_of([number + 3 * (dist.get_rank() % expert)]) for number in range(3)]),
-                model=[model],
-                num_microbatches=3,
+                data_iterator=[iter(batches) for _ in models] if virtual else iter(batches),
+                model=models,
+                num_microbatches=len(batches),
                 seq_length=LENGTH,
                 micro_batch_size=BATCH,
                 forward_only=False,
             )
-            gradients = {name: each.grad.clone() for name, each in global_names(model).items() if each.grad is not None}
+            gradients = {
+                name: each.grad.clone()
+                for model in models
+                for name, each in global_names(model).items()
+                if each.grad is not None
+            }
             outcomes.append((torch.stack([each["loss"] for each in losses]) if last else torch.empty(0), gradients))
         return outcomes
 
@@ -312,11 +358,12 @@ def forward_step(batches: Any, model: Any) -> Any:
     return output, loss_of
 
 
-def cuts(points: list[dict[str, Any]], expert: int = 1) -> None:
+def cuts(points: list[dict[str, Any]], expert: int = 1, chunks: int = 1) -> None:
     """On every rank: its part of the staged model, against the whole model without stages."""
     stages = dist.get_world_size() // expert
     settings = [Setting(**point) for point in points]
-    for whole, staged in zip(pipelined(settings, 1, expert), pipelined(settings, stages, expert), strict=True):
+    wholes, cut = pipelined(settings, 1, expert), pipelined(settings, stages, expert, chunks)
+    for whole, staged in zip(wholes, cut, strict=True):
         if len(staged[0]):
             assert_equal_bits(staged[0], whole[0])
         expected = {name: whole[1][name] for name in staged[1]}
@@ -330,10 +377,12 @@ def test_two_pipeline_stages_are_one(rank_pool: "RankPool") -> None:
     nothing_left_out_at_the_cut = {"wiring": "farskip", "layers": "first:2"}
     points = [{"wiring": "ladder", "kind": "dense"}, {"wiring": "mlp_only", "kind": "moe"}, nothing_left_out_at_the_cut]
     rank_pool.run(cuts, 2, points)
+    rank_pool.run(cuts, 2, points[:1], 1, 2)
 
 
 def test_two_pipeline_stages_of_two_ranks_are_one_stage(rank_pool: "RankPool") -> None:
     rank_pool.run(cuts, 4, [{}, {"changes": RECOMPUTE["each"]}], 2)
+    rank_pool.run(cuts, 4, [{}], 2, 2)
 
 
 # -- what stays as it is --
