@@ -203,6 +203,8 @@ def tiny_gpt_model(config: Any, spec: Any, *, seed: int = 0, **arguments: Any) -
             generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + noise if "norm" in name else noise)
+    if config.bf16:
+        model.bfloat16()  # as Megatron's Float16Module does
     return model.train()
 
 

@@ -55,6 +55,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "moe_router_topk_scaling_factor": 2.5,
         "attention_dropout": 0.1,
     },
+    "fused": {"init_method_std": 0.1},
     "latent": {"latent": True, "num_query_groups": 4, "kv_channels": 8},
     "input": {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
 }
@@ -84,16 +85,33 @@ class Setting:
     def ranks(self) -> int:
         return dist.get_world_size() if self.kind != "dense" else 1
 
+    def spec(self, config: Any) -> Any:
+        spec = tiny_megatron_spec(config)
+        return without_norms(spec) if self.kind == "fused" else spec
+
     def stock(self) -> Any:
         config = self.config()
-        return tiny_gpt_model(config, tiny_megatron_spec(config))
+        return tiny_gpt_model(config, self.spec(config))
 
     def ours(self, schedule: str = "overlapped") -> Any:
         config = self.config()
         spec = rewire_spec(
-            tiny_megatron_spec(config), self.wiring, self.layers, schedule=schedule, chunks=self.chunks, link=LateLink
+            self.spec(config), self.wiring, self.layers, schedule=schedule, chunks=self.chunks, link=LateLink
         )
         return tiny_gpt_model(config, spec)
+
+
+def without_norms(spec: Any) -> Any:
+    """Norms that are the identity, as where TransformerEngine's projections do them."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    return replace(
+        spec,
+        layer_specs=[
+            replace(one, submodules=replace(one.submodules, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp))
+            for one in spec.layer_specs
+        ],
+    )
 
 
 def ids_of(ranks: Sequence[int]) -> torch.Tensor:
@@ -138,7 +156,7 @@ def ordinary(kinds: list[str]) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_ordinary_is_the_stock_model(rank_pool: "RankPool", world: int) -> None:
-    rank_pool.run(ordinary, world, list(KINDS))
+    rank_pool.run(ordinary, world, list(KINDS) if world == 1 else ["moe", "shared", "input"])
 
 
 # -- every wiring equals its equations --
@@ -164,7 +182,8 @@ def wirings(names: list[str], kinds: list[str], layers: str) -> None:
 
 @pytest.mark.parametrize(("world", "layers"), [(1, "all"), (1, "last:2"), (2, "all")])
 def test_every_wiring_is_its_equations(rank_pool: "RankPool", world: int, layers: str) -> None:
-    rank_pool.run(wirings, world, list(WIRINGS), list(KINDS) if world == 1 else list(KINDS)[1:], layers)
+    kinds = ["dense", "shared"] if layers != "all" else list(KINDS) if world == 1 else list(KINDS)[1:]
+    rank_pool.run(wirings, world, list(WIRINGS), kinds, layers)
 
 
 # -- serial and overlapped, recomputed or not, have the same bits --
@@ -176,6 +195,9 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "some": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp", "shared_experts"]},
 }
+
+
+BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "moe_router_dtype": "fp32"}
 
 
 def schedules(points: list[dict[str, Any]]) -> None:
@@ -224,7 +246,7 @@ def check_order(model: Any, recorder: Recorder) -> None:
     "points",
     [
         [{}, {"kind": "moe", "wiring": "ladder"}],
-        [{"kind": "gated", "chunks": 2}, {"wiring": "attn_only", "layers": "last:2"}],
+        [{"kind": "gated", "chunks": 2, "changes": BF16}, {"wiring": "attn_only", "layers": "last:2"}],
         [{"wiring": "ladder"}, {"wiring": "mlp_only"}],
     ],
     ids=["farskip", "chunks", "ladder"],
