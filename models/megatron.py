@@ -12,12 +12,12 @@ whole example and what is refused.
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from farskip.executor import Executor
-from farskip.parallel.collectives import ProcessGroupLink
+from farskip.parallel.collectives import Link, ProcessGroupLink
 from farskip.schedule import MODES
 from farskip.wiring import Wiring
 
@@ -31,7 +31,7 @@ def rewire_spec(
     *,
     schedule: str = "overlapped",
     chunks: int = 1,
-    link: Any = ProcessGroupLink,
+    link: Callable[[Any], Link] = ProcessGroupLink,
 ) -> Any:
     """The same spec with its layers rewired.
 

@@ -115,7 +115,8 @@ class MegatronSubBlocks:
         moe = self.layer.mlp
         by_expert = dispatch_map(expert_R.unsqueeze(1), moe.num_local_experts)
         ones_R = rows_RD.new_ones(rows_RD.shape[0])
-        output_RD, _ = moe.experts(permute(rows_RD, by_expert), by_expert.counts.long().cpu(), ones_R)
+        output_RD, bias = moe.experts(permute(rows_RD, by_expert), by_expert.counts.long().cpu(), ones_R)
+        assert bias is None, f"{type(moe.experts).__name__} hands a bias on, which no dispatcher takes"
         return unpermute(output_RD, by_expert, None)
 
 

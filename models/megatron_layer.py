@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import get_pg_rank, make_viewless_tensor
+from megatron.core.utils import get_pg_rank
 
 from farskip.executor import Executor
 from farskip.models.megatron_blocks import Elsewhere, MegatronSubBlocks, blocks_of, seamed
-from farskip.models.megatron_limits import check_call, check_config, check_spec
+from farskip.models.megatron_limits import check_call, check_config, check_dropout, check_spec
 from farskip.parallel.collectives import Link
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.schedule import Schedule, Segment, even_segments
@@ -97,8 +98,8 @@ class Stage:
         self.start = first.layer_number - 1
         self.stop = self.start + num_layers
         self.wiring = rewiring.wiring(len(kinds))
-        inputs = self.wiring.resolve(self._kinds)
-        self.packs = config.pipeline_model_parallel_size > 1 and any(each.left_out for each in inputs)
+        self.inputs = self.wiring.resolve(self._kinds)
+        self.packs = config.pipeline_model_parallel_size > 1 and any(each.left_out for each in self.inputs)
         if self.packs and not config.variable_seq_lengths:
             raise ValueError(
                 f"wiring {self.wiring}: two streams cross the pipeline cuts, packed in one tensor twice as large, and "
@@ -205,6 +206,7 @@ class FarSkipTransformerLayer(TransformerLayer):
     ) -> None:
         check_config(config)
         super().__init__(config, *arguments, layer_number=layer_number, vp_stage=vp_stage, **keywords)
+        check_dropout(self.hidden_dropout)
         if self.layer_number > config.num_layers:
             raise ValueError(
                 f"layer {self.layer_number - 1} of a model of {config.num_layers} layers is one for multi-token "
@@ -253,6 +255,11 @@ class _Call:
             raise ValueError(
                 f"layer {start} was called with a context, which carries the second stream here: leave it out"
             )
+        if start > stage.start and partial is None and stage.inputs[start].left_out:
+            raise RuntimeError(
+                f"layer {start} was called without the context that layer {start - 1} returned, which carries the "
+                "second stream: hand it on, as Megatron's TransformerBlock does"
+            )
         self._stage = stage
         self._start = start
         self._hidden = hidden
@@ -284,9 +291,7 @@ class _Call:
         )
         if stop == stage.stop and stop < stage.num_layers and stage.packs:
             return torch.cat((x_BSD, n_BSD), dim=1), None
-        partial = None if n_BSD is x_BSD else n_BSD
-        # Megatron frees the storage of what a stage sends, which has to be nobody else's.
-        return make_viewless_tensor(inp=x_BSD, requires_grad=x_BSD.requires_grad, keep_graph=True), partial
+        return x_BSD, None if n_BSD is x_BSD else n_BSD
 
 
 def rewire_layer_spec(spec: Any, rewiring: Rewiring, *, alike: bool = False) -> Any:
@@ -304,7 +309,8 @@ def rewire_layer_spec(spec: Any, rewiring: Rewiring, *, alike: bool = False) -> 
     parts = spec.submodules
     attention = parts.self_attention
     core = attention.submodules.core_attention
-    core = seamed(core) if isinstance(core, type) else replace(core, module=seamed(core.module))
+    seamed_core = seamed(get_module(core))
+    core = replace(core, module=seamed_core) if isinstance(core, ModuleSpec) else seamed_core
     attention = replace(attention, submodules=replace(attention.submodules, core_attention=core))
     told: dict[str, Any] = {"rewiring": rewiring}
     if alike:

@@ -44,12 +44,6 @@ _LIMITS = (
     _Limit("sequence_parallel", bool, "its collectives are not in the schedule", "leave it off"),
     _Limit("context_parallel_size", _above_one, "nothing has tested it", "use 1"),
     _Limit(
-        "hidden_dropout",
-        bool,
-        "shared and routed output join the stream apart, and one dropout mask over their sum has no place",
-        "use 0",
-    ),
-    _Limit(
         "moe_token_dispatcher_type",
         lambda kind: kind == "flex",
         "DeepEP and HybridEP exchange rows in a call of their own that cannot be launched and waited for",
@@ -100,6 +94,19 @@ def check_config(config: Any) -> None:
                 f"a rewired layer cannot honor recompute_modules={others}: their stages would run apart from their "
                 f"recomputation; use {sorted(_HONORED_MODULES)}"
             )
+
+
+def check_dropout(hidden_dropout: float) -> None:
+    """Refuse dropout on what joins the stream: the config's, or that of one layer's spec.
+
+    Raises:
+        ValueError: it is not 0.
+    """
+    if hidden_dropout:
+        raise ValueError(
+            f"a rewired layer cannot honor hidden_dropout={hidden_dropout}: shared and routed output join the stream "
+            "apart, and one dropout mask over their sum has no place; use 0"
+        )
 
 
 def check_spec(spec: Any) -> None:

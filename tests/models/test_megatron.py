@@ -85,8 +85,8 @@ class Setting:
     def ranks(self) -> int:
         return dist.get_world_size() if self.kind != "dense" else 1
 
-    def spec(self, config: Any) -> Any:
-        spec = tiny_megatron_spec(config)
+    def spec(self, config: Any, **arguments: Any) -> Any:
+        spec = tiny_megatron_spec(config, **arguments)
         return without_norms(spec) if self.kind == "fused" else spec
 
     def stock(self) -> Any:
@@ -346,7 +346,7 @@ def pipelined(settings: list[Setting], stages: int, expert: int, chunks: int = 1
             models = []
             for chunk in range(chunks):
                 where = {"vp_stage": chunk if virtual else None}
-                spec = rewire_spec(tiny_megatron_spec(config, **where), setting.wiring, setting.layers)
+                spec = rewire_spec(setting.spec(config, **where), setting.wiring, setting.layers)
                 first, last = place == chunk == 0, place == stages - 1 and chunk == chunks - 1
                 models.append(tiny_gpt_model(config, spec, pre_process=first, post_process=last, **where))
             batches = [ids_of([number + 4 * (dist.get_rank() % expert)]) for number in range(4)]
@@ -398,6 +398,7 @@ def cuts(points: list[dict[str, Any]], expert: int = 1, chunks: int = 1) -> None
 def test_two_pipeline_stages_are_one(rank_pool: "RankPool") -> None:
     nothing_left_out_at_the_cut = {"wiring": "farskip", "layers": "first:2"}
     points = [{"wiring": "ladder", "kind": "dense"}, {"wiring": "mlp_only", "kind": "moe"}, nothing_left_out_at_the_cut]
+    points.append({"kind": "fused"})  # Megatron's router reads the stream as it came
     rank_pool.run(cuts, 2, points)
     rank_pool.run(cuts, 2, points[:1], 1, 2)
 

@@ -73,6 +73,8 @@ def building() -> None:
             for words in (f"cannot honor {name}=", text):
                 refused(words, lambda spec=spec, config=config: build_module(spec.layer_specs[0], config=config))
         config = tiny_megatron_config()
+        dropping = replace(spec.layer_specs[0], params={**spec.layer_specs[0].params, "hidden_dropout": 0.2})
+        refused("hidden_dropout=0.2", lambda: build_module(dropping, config=config))
         refused("wiring 'farskipp' is unknown", lambda: model_of(config, "farskipp"))
         refused("layer 9 is outside 0..3", lambda: model_of(config, layers=[9]))
         other = tiny_megatron_config(moe_layer_freq=[0, 0, 1, 1])
@@ -113,6 +115,7 @@ def calling() -> None:
         refused("called with inference_context", lambda: first(hidden, inference_context=object()))
         _, noted = first(hidden)
         refused("replaced the hidden states", lambda: second(hidden + 1, context=noted), RuntimeError)
+        refused("without the context", lambda: model.decoder.layers[2](hidden), RuntimeError)
 
 
 def test_calls(rank_pool: "RankPool") -> None:
