@@ -18,7 +18,7 @@ from typing import Any
 
 from farskip.executor import Executor
 from farskip.parallel.collectives import Link, ProcessGroupLink
-from farskip.schedule import MODES
+from farskip.schedule import MODES, Schedule
 from farskip.wiring import Wiring
 
 _VERSION = (0, 16)
@@ -76,8 +76,7 @@ def rewire_spec(
 def executor_of(model: Any) -> Executor:
     """The executor that runs the layers of a model, or of one chunk of it under virtual pipeline stages.
 
-    It has the schedule (``executor_of(model).schedule().timeline()``), and takes observers (`farskip.recorder`,
-    `farskip.profiling`).
+    It takes observers (`farskip.recorder`, `farskip.profiling`) and knows the wiring.
 
     Args:
         model: a GPTModel that was built from a rewired spec; wrappers around it do not matter.
@@ -85,14 +84,30 @@ def executor_of(model: Any) -> Executor:
     Raises:
         ValueError: not built from a rewired spec.
     """
+    executor: Executor = _stage_of(model).executor
+    return executor
+
+
+def schedule_of(model: Any) -> Schedule:
+    """The schedule of a training pass: of the whole model, drained where this stage begins, recomputes and ends.
+
+    Args:
+        model: as of `executor_of`.
+
+    Raises:
+        ValueError: not built from a rewired spec.
+    """
+    stage = _stage_of(model)
+    schedule: Schedule = stage.schedule(recompute=stage.recomputes)
+    return schedule
+
+
+def _stage_of(model: Any) -> Any:
     for module in model.modules():
         stage = module.__dict__.get("farskip_stage")
         if stage is not None:
-            executor: Executor = stage.executor
-            return executor
-    raise ValueError(
-        f"executor_of: {type(model).__name__} has no rewired layers; build it from what rewire_spec returns"
-    )
+            return stage
+    raise ValueError(f"{type(model).__name__} has no rewired layers; build it from what rewire_spec returns")
 
 
 def _require_megatron() -> None:

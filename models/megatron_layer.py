@@ -114,6 +114,11 @@ class Stage:
         return len(self._kinds)
 
     @property
+    def recomputes(self) -> bool:
+        """Whether the block recomputes segments in training."""
+        return self._config.recompute_granularity == "full"
+
+    @property
     def executor(self) -> Executor:
         """Runs the layers.
 
@@ -160,10 +165,10 @@ class Stage:
             edges.append(edges[-1] + length)
         return tuple(Segment(start, stop) for start, stop in pairwise(edges))
 
-    def schedule(self, segment: Segment, *, recompute: bool) -> Schedule:
-        """A schedule of the whole model that has this segment."""
+    def schedule(self, segment: Segment | None = None, *, recompute: bool) -> Schedule:
+        """A schedule of the whole model; if a segment is given, one that has it."""
         here = self.segments(recompute=recompute)
-        if segment not in here:  # a layer with a hook ended it
+        if segment is not None and segment not in here:  # a layer with a hook ended it
             here = (segment,)
         before, after = Segment(0, here[0].start), Segment(here[-1].stop, self.num_layers)
         whole = [each for each in (before, *here, after) if each.start < each.stop]
@@ -231,7 +236,7 @@ class FarSkipTransformerLayer(TransformerLayer):
         stage, index = self.farskip_stage, self.layer_number - 1
         extras = {"context_mask": context_mask, "padding_mask": padding_mask}
         check_call(index, extras | {"inference_context": inference_context, "inference_params": inference_params})
-        recompute = self.config.recompute_granularity == "full" and self.training
+        recompute = stage.recomputes and self.training
         call = context if isinstance(context, _Call) else _Call(stage, index, hidden_states, context)
         call.note(index, hidden_states, {"attention_mask": attention_mask, **arguments})
         ends = any(segment.stop == index + 1 for segment in stage.segments(recompute=recompute))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from farskip.models.megatron import executor_of, rewire_spec
+from farskip.models.megatron import executor_of, rewire_spec, schedule_of
 from farskip.models.testing_megatron import (
     causal_mask,
     global_names,
@@ -225,10 +225,12 @@ def schedules(points: list[dict[str, Any]]) -> None:
 
 def check_order(model: Any, recorder: Recorder) -> None:
     """Autograd followed the backward list, and of an overlapped one exchanges were under compute."""
-    stage, config = model.decoder.layers[0].farskip_stage, model.config
-    full = config.recompute_granularity == "full"
-    schedule = executor_of(model).schedule(stage.segments(recompute=full))
-    recomputed = list(schedule.segments if full else ())
+    config, schedule = model.config, schedule_of(model)
+    recomputed = list(schedule.segments if config.recompute_granularity == "full" else ())
+    assert (
+        len(schedule.segments)
+        == {None: 1, "uniform": 4 // (config.recompute_num_layers or 4), "block": 2}[config.recompute_method]
+    )
     if config.recompute_method == "block":
         recomputed = recomputed[: config.recompute_num_layers]
     again = [each.bare for segment in reversed(recomputed) for each in schedule.of_segment(segment)]

@@ -1,10 +1,12 @@
 """What a rewired megatron-core model refuses, and with which words."""
 
+import ast
 import importlib.util
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -182,6 +184,17 @@ def executor_wiring() -> Any:
     from farskip.wiring import Wiring
 
     return Wiring.named("farskip", 4)
+
+
+def test_only_its_own_files_import_megatron_at_their_top() -> None:
+    found = set()
+    for path in (Path(__file__).resolve().parents[2] / "models").glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith(
+                ("megatron", "farskip.models.megatron_")
+            ):
+                found.add(path.name)
+    assert found == {"megatron_blocks.py", "megatron_layer.py", "megatron_limits.py"}
 
 
 def test_megatron_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
