@@ -406,8 +406,8 @@ def test_two_pipeline_stages_are_one(rank_pool: "RankPool") -> None:
 
 
 def test_two_pipeline_stages_of_two_ranks_are_one_stage(rank_pool: "RankPool") -> None:
-    rank_pool.run(cuts, 4, [{}, {"changes": RECOMPUTE["each"]}], 2)
-    rank_pool.run(cuts, 4, [{}], 2, 2)
+    rank_pool.run(cuts, 4, [{}], 2)
+    rank_pool.run(cuts, 4, [{"changes": RECOMPUTE["each"]}], 2, 2)
 
 
 # -- what stays as it is --
