@@ -7,18 +7,14 @@ The model is the one of the other variants, with equal weights; only the MoE of 
 dispatcher, its experts, its shared expert. The router is replaced by one that picks the benchmark's fixed experts with
 the model's own weights, so that all variants send the same rows.
 
-megatron-core runs on CPU only with a small substitution layer, which stands here and not in the package: inert CUDA
-streams and events, and split sizes that become numpy arrays on CPU as they do on CUDA. On gloo its all-to-all blocks
-the host, so its shared-expert overlap, which relies on a second CUDA stream, cannot hide anything here: these figures
-compare the cost of its blocking path with ours, not its overlap on GPUs.
+megatron-core runs on CPU only with a small substitution layer (`farskip.models.testing_megatron.on_cpu`). On gloo its
+all-to-all blocks the host, so its shared-expert overlap, which relies on a second CUDA stream, cannot hide anything
+here: these figures compare the cost of its blocking path with ours, not its overlap on GPUs.
 
 Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E experts.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -28,41 +24,7 @@ from farskip.launch.bench_config import BenchOverlapConfig
 from farskip.launch.bench_names import BLOCKING
 from farskip.launch.bench_variants import RealModels, Variant
 from farskip.models.family import backbone_of
-
-
-class _Inert:
-    """Stands for a stream or an event: nothing to wait for on CPU."""
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        pass
-
-    def wait_stream(self, other: Any) -> None:
-        pass
-
-    def record_event(self) -> "_Inert":
-        return self
-
-    def synchronize(self) -> None:
-        pass
-
-
-def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-
-@contextmanager
-def substituted() -> Iterator[None]:
-    """What megatron-core's MoE layer calls of CUDA, made inert."""
-    from megatron.core.transformer.moe import token_dispatcher
-
-    with (
-        mock.patch.object(torch.cuda, "Stream", _Inert),
-        mock.patch.object(torch.cuda, "current_stream", return_value=_Inert()),
-        mock.patch.object(torch.cuda, "stream", return_value=nullcontext()),
-        mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")),
-        mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _on_host),
-    ):
-        yield
+from farskip.models.testing_megatron import on_cpu
 
 
 class _FixedRouter(nn.Module):
@@ -109,7 +71,7 @@ def build(config: BenchOverlapConfig, models: RealModels, mesh: Any) -> list[Var
 def _variant(name: str, config: BenchOverlapConfig, models: RealModels, overlap: bool) -> Variant:
     model = models.plain_model()
     backbone: Any = backbone_of(model)
-    with substituted():
+    with on_cpu():
         for number, layer in enumerate(backbone.layers):
             layer.mlp = _MegatronMoE(_moe_layer(config, layer.mlp, number, overlap))
 
@@ -122,7 +84,7 @@ def _variant(name: str, config: BenchOverlapConfig, models: RealModels, overlap:
         parameters=dict(backbone.named_parameters()),
         reference=BLOCKING,
         exact=False,
-        around=substituted,
+        around=on_cpu,
     )
 
 

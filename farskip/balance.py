@@ -109,6 +109,7 @@ class RouterBalance:
 
     def _aux_loss(self, routing: Routing, counts_E: torch.Tensor) -> torch.Tensor:
         """This rank's part of the loss; the parts of all ranks add up to the whole."""
+        assert routing.logits_TE is not None, "this router balances its experts itself"
         logits_TE = routing.logits_TE.float()
         if self._score == "softmax":
             probabilities_TE = logits_TE.softmax(dim=-1)

@@ -34,13 +34,13 @@ class Routing:
     """Where the router of one layer sends every token.
 
     Attributes:
-        logits_TE: router logits, before any score function.
+        logits_TE: router logits, before any score function; None from a router that balances its experts itself.
         weights_TK: what each chosen expert's output, or input, is multiplied with.
         experts_TK: int64 numbers of the chosen experts.
         weight_on: which of the two. A weighted input is weighted before it is sent, so that no weight has to travel.
     """
 
-    logits_TE: torch.Tensor
+    logits_TE: torch.Tensor | None
     weights_TK: torch.Tensor
     experts_TK: torch.Tensor
     weight_on: WeightOn = WeightOn.OUTPUT

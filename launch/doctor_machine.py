@@ -29,7 +29,10 @@ DEVICE, HOST = "a device", "this machine"
 """Where the memory of `device_memory` is."""
 
 _WITHOUT = {
-    "megatron.core": ("megatron-core", "farskip bench overlap leaves out megatron-core's variants"),
+    "megatron.core": (
+        "megatron-core",
+        "no GPTModel can be rewired, and farskip bench overlap leaves out megatron-core's variants",
+    ),
     "accelerate": ("accelerate", "checkpoints quantized otherwise than in fp8 blocks cannot be loaded"),
     "liger_kernel": ("liger-kernel", "farskip bench kernels compares without Liger's"),
 }

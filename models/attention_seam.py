@@ -42,6 +42,11 @@ def seam_set(attention: nn.Module, seam: Seam) -> AbstractContextManager[None]:
     return _attribute_set(attention, _SEAM, seam)
 
 
+def seam_of(attention: nn.Module) -> Seam | None:
+    """What `seam_set` has set; None outside of it."""
+    return attention.__dict__.get(_SEAM)
+
+
 def core_recomputed(attention: nn.Module) -> AbstractContextManager[None]:
     """Have this attention keep only query, key and value of its core and run the core again in backward."""
     return _attribute_set(attention, _RECOMPUTE, True)
@@ -110,7 +115,7 @@ def _seamed(name: str) -> Callable[..., Any]:
         attention_mask: torch.Tensor | None,
         **arguments: Any,
     ) -> Any:
-        seam = module.__dict__.get(_SEAM)
+        seam = seam_of(module)
         if seam is not None:
             call = outside_graphs if torch.compiler.is_compiling() else _call
             query, key, value = call(seam, query, key, value)

@@ -39,6 +39,7 @@ class Llama4SubBlocks(HFSubBlocks):
         """See `SubBlocks.routed`."""
         experts: Any = self.experts
         tokens_TD = normed_BSD.reshape(-1, normed_BSD.shape[-1])
+        assert routing.logits_TE is not None
         scores_TE = torch.zeros_like(routing.logits_TE).scatter(1, routing.experts_TK, routing.weights_TK)
         inputs_RD = tokens_TD.repeat(experts.num_experts, 1) * scores_TE.transpose(0, 1).reshape(-1, 1)
         return experts(inputs_RD).view(experts.num_experts, *normed_BSD.shape).sum(dim=0)

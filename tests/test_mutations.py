@@ -83,6 +83,7 @@ SEQUENCE_GRID = "models/test_sequence_parallel.py"
 TENSOR_LINKS = "parallel/test_tensor_parallel.py"
 LANES = "farskip/test_lanes.py"
 SIDE_STREAM = "farskip/test_side_stream.py"
+MEGATRON = "models/test_megatron.py"
 
 
 def slowest_link(wiring: str = "farskip") -> Catch:
@@ -145,6 +146,11 @@ def lanes_of(test: str, *arguments: Any) -> Catch:
 
     return Catch(LANES, test, (*arguments, SideStream.merge_and_route))
 
+
+MEGATRON_BITS = Catch(MEGATRON, "schedules", ([{}],), 2)
+MEGATRON_CUT = Catch(MEGATRON, "cuts", ([{"wiring": "ladder", "kind": "dense"}],), 2)
+MEGATRON_EQUATIONS = Catch(MEGATRON, "wirings", (["farskip"], ["input"], "all"), 2)
+MEGATRON_ORDER = Catch(MEGATRON, "unchanged", (), 1)
 
 TWO_ENDS = Catch(EARLIEST, "test_ladder_in_two_chunks_exposes_only_the_two_ends", (1.0, 0.25))
 REDUCES_UNDER_WAY = "test_all_reduces_are_under_way_exactly_while_the_schedule_says_so"
@@ -1361,6 +1367,70 @@ MUTATIONS = [
         "max(free[step.side], issued, link_free)",
         "max(free[step.side], issued)",
         Catch(SIMULATOR, "test_lanes_do_one_thing_at_a_time", ("attn_only",)),
+    ),
+    # megatron-core
+    Mutation(
+        "Megatron's block is not handed the second stream",
+        _MODELS + "megatron_layer:_Call.run",
+        "None if n_BSD is x_BSD else n_BSD",
+        "None",
+        MEGATRON_BITS,
+    ),
+    Mutation(
+        "a pipeline cut drops the second stream",
+        _MODELS + "megatron_layer:_Call.run",
+        "torch.cat((x_BSD, n_BSD), dim=1)",
+        "torch.cat((x_BSD, x_BSD), dim=1)",
+        MEGATRON_CUT,
+    ),
+    Mutation(
+        "both streams behind a pipeline cut are the first one",
+        _MODELS + "megatron_layer:_Call.__init__",
+        "hidden.chunk(2, dim=1)",
+        "[hidden.chunk(2, dim=1)[0]] * 2",
+        MEGATRON_CUT,
+    ),
+    Mutation(
+        "a pipeline stage without experts adds gradients in an order of its own",
+        _MODELS + "megatron_layer:Stage._make_executor",
+        "in kind for kind in self._kinds)",
+        "in self._kinds[layer.layer_number - 1] for layer in self._layers)",
+        Catch(MEGATRON, "cuts", ([{}], 2, 2), 4),
+    ),
+    Mutation(
+        "Megatron's recomputation is not a segment edge",
+        _MODELS + "megatron_layer:Stage.segments",
+        "if not recompute:",
+        "if True:",
+        MEGATRON_BITS,
+    ),
+    Mutation(
+        "Megatron's attention recomputes the seam with its core",
+        _MODELS + "megatron_blocks:MegatronSubBlocks.__init__",
+        "attention.checkpoint_core_attention = False",
+        "pass",
+        MEGATRON_BITS,
+    ),
+    Mutation(
+        "rows reach Megatron's experts in the order of their ranks",
+        _MODELS + "megatron_blocks:MegatronSubBlocks.expert_rows",
+        "permute(rows_RD, by_expert)",
+        "rows_RD",
+        MEGATRON_EQUATIONS,
+    ),
+    Mutation(
+        "Megatron's weights of inputs are applied to outputs",
+        _MODELS + "megatron_blocks:MegatronSubBlocks.route",
+        "WeightOn.INPUT if",
+        "WeightOn.OUTPUT if",
+        MEGATRON_EQUATIONS,
+    ),
+    Mutation(
+        "Megatron's choices of a token stand in any order",
+        _MODELS + "megatron_blocks:MegatronSubBlocks.route",
+        ".sort(dim=1).values",
+        "",
+        MEGATRON_ORDER,
     ),
 ]
 

@@ -154,7 +154,10 @@ def test_a_nightly_of_a_newer_version_will_do(monkeypatch: pytest.MonkeyPatch) -
 def test_extras_say_what_there_is_not_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_machine.importlib.util, "find_spec", lambda name: None)
     assert {finding.level for finding in extras()} == {Level.ok}
-    assert "not installed: farskip bench overlap leaves out megatron-core's variants" in extras()[0].text
+    assert (
+        "not installed: no GPTModel can be rewired, and farskip bench overlap leaves out megatron-core's variants"
+        in extras()[0].text
+    )
 
 
 class FakeCuda:
