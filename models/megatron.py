@@ -18,7 +18,7 @@ from typing import Any
 
 from farskip.executor import Executor
 from farskip.parallel.collectives import Link, ProcessGroupLink
-from farskip.schedule import MODES, Schedule
+from farskip.schedule import Schedule, check_mode
 from farskip.wiring import Wiring
 
 _VERSION = (0, 16)
@@ -60,8 +60,7 @@ def rewire_spec(
 
     if isinstance(wiring, Wiring) and layers != "all":
         raise ValueError(f"layers={layers!r} goes with the name of a wiring; a Wiring already says its layers")
-    if schedule not in MODES:
-        raise ValueError(f"rewire_spec: schedule {schedule!r} is unknown; use {' or '.join(MODES)}")
+    check_mode(schedule)
     rewiring = Rewiring(wiring, layers, schedule=schedule, chunks=chunks, make_link=link)
     if isinstance(spec, TransformerBlockSubmodules):
         return replace(spec, layer_specs=[rewire_layer_spec(one, rewiring) for one in spec.layer_specs or ()])
