@@ -38,7 +38,8 @@ class StepReport:
         num_loss_tokens: positions counted in the loss.
         tokens_per_s: input positions of all ranks per second of this step.
         step_s: seconds of this step on this rank, without evaluation and checkpoint.
-        exposed_share: mean over ranks of the step's share that was spent waiting in collectives.
+        exposed_share: mean over ranks of the step's share that was spent waiting in collectives; those of a divided
+            update count in the step after.
         heldout: the evaluation after this step, if there was one.
     """
 

@@ -136,6 +136,7 @@ def train(
     reason, last_checkpoint = StopReason.finished, resume
     heldout: Evaluation | None = None
     report: StepReport | None = None
+    update_waited_s = 0.0  # of the step before: what ranks waited for is summed in front of the update
 
     def save(progress: Progress, is_best: bool) -> Path:
         tensors = tensors_to_save(module, optimizer, communicator)
@@ -195,13 +196,14 @@ def train(
 
             asked_to_stop = shutdown is not None and shutdown.requested
             own_loss = sums.total("loss")
-            agreed = sums.reduced(communicator, device, stop=asked_to_stop)
+            agreed = sums.reduced(communicator, device, stop=asked_to_stop, waited_s=update_waited_s)
             stop = agreed.stop
             loss = agreed.totals["loss"] / counts.num_loss_tokens
             grad_norm = float(norm)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise _non_finite(step, own_loss, grad_norm, communicator, device, last_checkpoint)
             optimizer.step()
+            update_waited_s = communicator.exposed_communication_s()
             means = agreed.means()
             if balancer is not None:
                 means.update(balancer.update())
@@ -299,10 +301,11 @@ class _Sums:
     def total(self, name: str) -> Tensor:
         return self._totals[name]
 
-    def reduced(self, communicator: Communicator, device: torch.device, *, stop: bool) -> _Agreed:
-        """The sums of all ranks, whether any rank wants to stop, and the seconds all ranks waited."""
+    def reduced(self, communicator: Communicator, device: torch.device, *, stop: bool, waited_s: float) -> _Agreed:
+        """The sums of all ranks, whether any rank wants to stop, and the seconds all ranks waited, `waited_s` more."""
         names = sorted(self._totals)
-        extras = [*(float(self._numbers[name]) for name in names), float(stop), communicator.exposed_communication_s()]
+        waited_s += communicator.exposed_communication_s()
+        extras = [*(float(self._numbers[name]) for name in names), float(stop), waited_s]
         packed = torch.cat(
             [
                 torch.stack([self._totals[name] for name in names]),

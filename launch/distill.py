@@ -90,7 +90,7 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
     original, student = load(), load(wiring=wiring.name, layers=wiring.layers)
     if wiring_of(student) == wiring_of(original):
         raise ValueError(f"wiring: {config.model.path} is wired as {wiring_of(original)} already: nothing to repair")
-    stages = stages_of(config.wiring, wiring_of(student), config.training.num_steps)
+    stages = stages_of(config.wiring, wiring_of(original), wiring_of(student), config.training.num_steps)
     tokenizer, data = job.build_text(config.data, config.parallel, ranks)
     _check_vocabulary(tokenizer, student, config.data.tokenizer)
     teacher = job.prepare(original, config.parallel, config.balance, ranks, mesh, frozen=True)

@@ -37,6 +37,7 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
     from farskip.models.surgery import wiring_of
     from farskip.objectives import PretrainObjective
     from farskip.trainer import StopReason
+    from farskip.wiring import Wiring
 
     config.training.check()
     config.parallel.check()
@@ -46,7 +47,9 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
     tokenizer, data = job.build_text(config.data, config.parallel, ranks)
     mesh = job.build_job_mesh(config.parallel, ranks)
     model = job.build_spread(config.model, tokenizer, config.wiring, config.parallel, ranks, mesh)
-    stages = stages_of(config.wiring, wiring_of(model), config.training.num_steps)
+    wiring = wiring_of(model)
+    start = Wiring.named("ordinary", wiring.num_layers)
+    stages = stages_of(config.wiring, start, wiring, config.training.num_steps)
     precision = config.training.precision
     prepared = job.prepare(model, config.parallel, config.balance, ranks, mesh, precision=precision)
     objective = PretrainObjective(prepared.language_model, chunk_tokens=config.training.loss_chunk_tokens)

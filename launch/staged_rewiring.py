@@ -11,16 +11,18 @@ from farskip.wiring import Wiring
 from farskip.wiring_stages import WiringStages
 
 
-def stages_of(config: WiringConfig, wiring: Wiring, num_steps: int) -> WiringStages | None:
+def stages_of(config: WiringConfig, start: Wiring, wiring: Wiring, num_steps: int) -> WiringStages | None:
     """The stages that a configuration asks for; None where all layers are rewired at once.
 
     Args:
         config: says how many layers and steps.
+        start: of the model as it was given, before the first stage.
         wiring: of the whole model, at the end.
         num_steps: optimizer steps of the run.
 
     Raises:
-        ValueError: one of the two settings without the other, or steps that end before the last stage begins.
+        ValueError: one of the two settings without the other, no layer to rewire, or steps that end before the last
+            stage begins.
     """
     if config.stage_layers == config.stage_steps == 0:
         return None
@@ -30,7 +32,12 @@ def stages_of(config: WiringConfig, wiring: Wiring, num_steps: int) -> WiringSta
                 f"wiring.{key}={value}: stages need at least 1 layer and 1 step each; set both wiring.stage_layers and "
                 "wiring.stage_steps, or neither"
             )
-    stages = WiringStages(wiring=wiring, layers=config.stage_layers, steps=config.stage_steps)
+    stages = WiringStages(start=start, wiring=wiring, layers=config.stage_layers, steps=config.stage_steps)
+    if not stages.changed_layers:
+        raise ValueError(
+            f"wiring.stage_layers={config.stage_layers} with wiring.name={config.name}: no layer is to be rewired; "
+            "choose another wiring, or leave out wiring.stage_layers and wiring.stage_steps"
+        )
     if stages.last_begins > num_steps:
         raise ValueError(
             f"wiring.stage_steps={config.stage_steps}: the last of {stages.num_stages} stages would begin at step "

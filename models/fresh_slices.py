@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from farskip.models.attach import layers_of
@@ -36,7 +37,8 @@ def fresh_model(family: Family, config: Any, seed: int, here: RankSlices) -> Any
         here: which slices.
 
     Raises:
-        ValueError: experts that cannot be shared out equally, or what `check_tensor_parallel` refuses.
+        ValueError: experts that cannot be shared out equally, what `check_tensor_parallel` refuses, or a tensor that
+            this version of transformers gives no value.
 
     Note: memory of the process is at most that of the slices and of the largest module, a layer's experts.
     """
@@ -55,9 +57,11 @@ def fresh_model(family: Family, config: Any, seed: int, here: RankSlices) -> Any
             for part in parts:
                 part.__dict__.pop("_init_weights", None)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        assert not tensor.is_meta and not tensor.isnan().any(), (
-            f"{family.name}: transformers leaves {name} without an initial value"
-        )
+        if tensor.is_meta or tensor.isnan().any():
+            raise ValueError(
+                f"{family.name}: transformers {transformers.__version__} leaves {name} without an initial value; "
+                "use a newer one, or another model.family"
+            )
     return model
 
 

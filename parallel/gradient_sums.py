@@ -96,10 +96,12 @@ class _Bucket:
 class GradientSums:
     """Sums the gradients of some parameters over the ranks of a group, in place.
 
+    Making one is a collective where a parameter needs a gradient.
+
     Args:
         parameters: equal shapes and dtypes in an equal order on all ranks; those that need no gradient are left out.
         group: the ranks; None is all. The sums have a process group of their own, so that nothing that the schedule has
-            in flight waits for them.
+            in flight waits for them. It is there from the start, so that its threads can be put ahead of compute.
         meter: sums how long compute stood still for them.
         early: whether `expect` does anything; if not, every sum is launched by `finish`.
     """
@@ -116,13 +118,15 @@ class GradientSums:
         self._meter = meter
         self._early = early
         self._ranks, self._is_alone = group, dist.get_world_size(group) == 1
-        self._group: dist.ProcessGroup | None = None  # made when there is something to sum
+        self._group: dist.ProcessGroup | None = None
         self._needed: tuple[bool, ...] = ()
         self._buckets: list[_Bucket] = []
         self._bucket_of: dict[int, _Bucket] = {}
         self._hooked: set[int] = set()
         self._num_launched = 0
         self._expecting = self._warned = False
+        if not self._is_alone:
+            self._plan()
 
     def expect(self) -> None:
         """A step's last backward begins: from here on a bucket that is complete is launched. A collective.

@@ -206,6 +206,55 @@ def test_exposed_communication_is_a_share_of_the_step(tmp_path: Path) -> None:
     assert [report.exposed_share for report in reports] == [pytest.approx(1e-3 / report.step_s) for report in reports]
 
 
+class _WaitingShares:
+    """Shares that are none, and behind every update a second of waiting for those of others."""
+
+    def __init__(self, ranks: "_WaitingBehindUpdates", module: torch.nn.Module) -> None:
+        self._ranks, self._parameters = ranks, dict(module.named_parameters())
+
+    def of(self, name: str) -> torch.nn.Parameter:
+        return self._parameters[name]
+
+    def is_divided(self, name: str) -> bool:
+        return False
+
+    def begin(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        self._ranks.waited_s += 1.0
+
+    def wrap_for_checkpoint(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+class _WaitingBehindUpdates(SingleProcess):
+    """A communicator that waits in updates only, and in callbacks, which are none of a step."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(module)
+        self.shares = _WaitingShares(self, module)
+        self.waited_s = 0.0
+
+    def exposed_communication_s(self) -> float:
+        since, self.waited_s = self.waited_s, 0.0
+        return since
+
+
+def test_what_an_update_waits_for_is_exposed_in_the_step_after(tmp_path: Path) -> None:
+    objective = tiny_objective()
+    ranks = _WaitingBehindUpdates(objective.model.module)
+    reports: list[StepReport] = []
+
+    def wait(report: StepReport) -> None:
+        reports.append(report)
+        ranks.waited_s += 100.0
+
+    train(objective, TinyData(), ranks, tiny_config(3), tmp_path, on_step=[wait])
+    exposed_s = [report.exposed_share * report.step_s for report in reports]
+    assert exposed_s == pytest.approx([0.0, 1.0, 1.0])
+
+
 def test_bf16_trains_fp32_parameters(tmp_path: Path) -> None:
     exact, rough = tiny_objective(), tiny_objective()
     train_tiny(exact, tmp_path / "fp32", tiny_config(3))

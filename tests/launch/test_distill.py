@@ -192,9 +192,12 @@ def test_stages_that_cannot_be_are_refused(
 def test_other_wirings_start_from_a_converted_model(
     workshop: Any, farskip_command: Command, distilled: Runs, tmp_path: Path
 ) -> None:
-    """The teacher is the model at model.path as it is wired there."""
-    words = workshop.distill(tmp_path / "run", distilled("deepseek_v3") / "model", "wiring.name=ladder")
-    assert farskip_command(words)[0] == 0
+    """The teacher is the model at model.path as it is wired there, and so is a layer whose stage has not come."""
+    words = workshop.distill(tmp_path / "run", distilled("deepseek_v3") / "model", "wiring.name=ladder", *STAGED)
+    code, out, _ = farskip_command(words)
+    assert code == 0
+    said = [line for line in out.splitlines() if line.startswith("step ") and " layers " in line]
+    assert said == ["step 1: custom on 3 of 3 layers (0-2)", "step 3: ladder on 3 of 3 layers (0-2)"]
     assert farskip.wiring_of(farskip.load(tmp_path / "run" / "model")).name == "ladder"
 
 

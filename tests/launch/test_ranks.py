@@ -133,6 +133,22 @@ def test_serial_and_overlapped_give_equal_bits(
     assert json.loads(out)["stage_ms"] == json.loads((run / "stage_times.json").read_text())
 
 
+def test_stages_of_a_wiring_are_those_of_one_rank(rank_pool: Any, workshop: Any, tmp_path: Path) -> None:
+    """With a schedule chosen by stage times of the whole wiring, and with all that a new executor has to take over."""
+    stages = ["wiring.name=farskip", "wiring.stage_layers=1", "wiring.stage_steps=1", "balance.aux_coefficient=0.01"]
+    words = workshop.pretrain(tmp_path / "one", *stages, batch_size=4)[1:]
+    assert rank_pool.run(on_this_rank, 1, "pretrain_job", words) == [None]
+    more = ["parallel.warmup_steps=1", "parallel.recompute=full", "parallel.kernels=reference", "profile.steps=[3]"]
+    words = workshop.pretrain(tmp_path / "two", *stages, *more)[1:]
+    assert rank_pool.run(on_this_rank, 2, "pretrain_job", words) == [None, None]
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert (tmp_path / "two" / "traces" / "rank1_step3.json.gz").is_file()
+    whole = workshop.pretrain(tmp_path / "whole", "wiring.name=farskip", stages[-1], batch_size=4)[1:]
+    assert rank_pool.run(on_this_rank, 1, "pretrain_job", whole) == [None]
+    first, at_once = metrics(tmp_path / "one")[0]["loss"], metrics(tmp_path / "whole")[0]["loss"]
+    assert first != pytest.approx(at_once, rel=1e-3), "the first stage is the last one"
+
+
 class Words:
     """A tokenizer as far as a model is built by it."""
 

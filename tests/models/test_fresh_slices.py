@@ -74,6 +74,22 @@ def test_slices_are_those_of_the_whole(case: str) -> None:
             assert torch.equal(sliced.get_buffer(name), buffer), name
 
 
+def test_a_tensor_without_a_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers 5.15 has it, whose routers of ERNIE stay at what their constructor says: zero."""
+    base = next(each for each in type(built("ernie4_5_moe")).__mro__ if "_init_weights" in vars(each))
+    initialize = base._init_weights
+
+    def but_routers(self: Any, module: nn.Module) -> None:
+        if not type(module).__name__.endswith("Router"):
+            initialize(self, module)
+
+    monkeypatch.setattr(base, "_init_weights", but_routers)
+    with pytest.raises(
+        ValueError, match=r"transformers [\d.]+ leaves model\.layers\.1\.mlp\.gate\.weight without .* newer"
+    ):
+        built("ernie4_5_moe")
+
+
 CUT_BY_TP = ("deepseek_v3", "gpt_oss", "llama", "llama-biased-tied", "qwen3_moe")
 
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from farskip.parallel import gloo_threads
+from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.gloo_threads import GlooThreads, set_gloo_threads
-from farskip.parallel.mesh import another_group
+from farskip.parallel.mesh import another_group, build_mesh
 
 if TYPE_CHECKING:
     from farskip.testing import RankPool
@@ -58,6 +60,28 @@ def turned_to_and_fro() -> None:
 @linux
 def test_only_threads_of_gloo_are_put_ahead_and_back(rank_pool: "RankPool") -> None:
     rank_pool.run(turned_to_and_fro, 2)
+
+
+def num_gloo_threads() -> int:
+    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+
+
+def threads_of_gradient_sums() -> None:
+    model, frozen = nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(False)
+    mesh = build_mesh(1)
+    before = num_gloo_threads()
+    DataParallel(mesh, dict(frozen.named_parameters()))
+    assert num_gloo_threads() == before, "a model that is not trained sums nothing"
+    ranks = DataParallel(mesh, dict(model.named_parameters()))
+    there = num_gloo_threads()
+    model(torch.ones(1, 3)).sum().backward()
+    ranks.reduce_gradients()
+    assert num_gloo_threads() == there > before, "threads that come with the first step are not put ahead"
+
+
+@linux
+def test_threads_that_sum_gradients_are_there_before_the_first_step(rank_pool: "RankPool") -> None:
+    rank_pool.run(threads_of_gradient_sums, 2)
 
 
 @linux
