@@ -77,7 +77,7 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
     config.parallel.check()
     folder = Path(config.run.folder)
     if ranks.rank == 0:
-        check_run_folder(folder, resume=config.run.resume)
+        check_run_folder(folder, resume=config.run.resume, wiring=config.wiring)
     if not config.model.path:
         raise ValueError("model.path is empty: give the folder of the original, e.g. model.path=/home/me/model")
     if config.model.dtype not in DTYPES:

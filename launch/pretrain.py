@@ -43,7 +43,7 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
     config.parallel.check()
     folder = Path(config.run.folder)
     if ranks.rank == 0:
-        check_run_folder(folder, resume=config.run.resume)
+        check_run_folder(folder, resume=config.run.resume, wiring=config.wiring)
     tokenizer, data = job.build_text(config.data, config.parallel, ranks)
     mesh = job.build_job_mesh(config.parallel, ranks)
     model = job.build_spread(config.model, tokenizer, config.wiring, config.parallel, ranks, mesh)

@@ -72,7 +72,8 @@ class StagedRewiring:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._become(self._stages.wiring, "stopped before the last stage: untrained from here on")
+        if self._stages.wiring != wiring_of(self._model):  # asked to stop, or failed: the run goes on in its stage
+            rewire(self._model, self._stages.wiring)
 
     def _become(self, wiring: Wiring, when: str) -> None:
         if wiring != wiring_of(self._model):

@@ -107,6 +107,24 @@ def test_resume_is_exact(workshop: Any, farskip_command: Command, pretrained: Ru
     assert table((tmp_path / "cut" / "report.md").read_text()) == table((tmp_path / "whole" / "report.md").read_text())
 
 
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("wiring.name=ladder", "wiring.name=ladder, and the run in {folder} has wiring.name=farskip"),
+        ("wiring.stage_steps=2", "wiring.stage_steps=2, and the run in {folder} has wiring.stage_steps=0"),
+    ],
+)
+def test_a_run_keeps_its_wiring(
+    word: str, says: str, workshop: Any, farskip_command: Command, pretrained: Runs, distilled: Runs, tmp_path: Path
+) -> None:
+    """Weights fit any wiring, so nothing else would notice."""
+    folder = tmp_path / "run"
+    shutil.copytree(distilled("deepseek_v3"), folder, symlinks=True)
+    words = workshop.distill(folder, pretrained("deepseek_v3") / "model", "run.resume=true", word)
+    code, _, err = farskip_command(words)
+    assert code == 2 and says.format(folder=folder) in err and err.count("\n") == 1
+
+
 def test_sigterm_leaves_a_checkpoint_and_no_half_report(
     workshop: Any, farskip_command: Command, pretrained: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
