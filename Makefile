@@ -11,7 +11,7 @@ DEMO_ARGS ?=
 
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
-PARALLEL = $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
+PARALLEL = $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 GPU_TESTS = $(shell grep -rlE 'mark\.(multi_)?gpu' tests --include='test_*.py')
 
 # One thread per process: the tests start several ranks on few cores.

@@ -221,6 +221,7 @@ def test_a_divided_optimizer_changes_no_bit_and_its_run_goes_on_on_one_rank(
     assert "the saved position in the data is for data.batch_size * ranks=4, but this run has" in said
 
 
+@pytest.mark.slow
 def test_distillation_with_recompute_and_an_emulated_link(
     rank_pool: Any, workshop: Any, pretrained: Runs, tmp_path: Path
 ) -> None:
@@ -433,6 +434,7 @@ def torchrun_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_torchrun(workshop: Any, pretrained: Runs, tmp_path: Path) -> None:
     """The documented way, with a multirun, a trace and two ranks: nothing on stderr, and rank 1 says nothing."""
     words = workshop.distill(

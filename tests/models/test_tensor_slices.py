@@ -146,6 +146,7 @@ def peak_of_load(folder: str, small: str, sliced: bool) -> tuple[int, int]:
     return experts_module.peak(lambda: farskip.parallelize(farskip.load(folder), mesh))
 
 
+@pytest.mark.slow
 def test_the_peak_of_memory_is_about_the_share(tmp_path: Path) -> None:
     """In fresh ranks, whose allocator has nothing in store."""
     folder = saved("llama", tmp_path / "model", hidden_size=256, intermediate_size=12288)
