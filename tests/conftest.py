@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # A file of kernels is one long item, a process of its own: started last, one of them would keep one core busy alone.
+    # A file of kernels is one long item, a process of its own: started last, one would keep one core busy alone.
     items.sort(key=lambda item: item.path.parent.name != "triton_kernels")
     needed = {item: 2 if item.get_closest_marker("multi_gpu") else 1 for item in items if _needs_gpu(item)}
     if not needed:
