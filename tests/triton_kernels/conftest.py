@@ -50,6 +50,8 @@ class ChildModule(pytest.File):
     def collect(self) -> Iterator[pytest.Item]:
         item = ChildItem.from_parent(self, name="in_a_process_of_its_own")
         item.add_marker(pytest.mark.timeout(600))
+        if self.path.stem == "test_interpreter_choice":  # as its own mark says where it runs in this process
+            item.add_marker(pytest.mark.slow)
         yield item
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # sessions of pytest inside sessions
+
 HERE = Path(__file__).resolve().parent
 
 DUMMY = {
