@@ -8,22 +8,16 @@ launch until its result is there. Prints a table and writes JSON.
 """
 
 import argparse
-import json
 import random
-import statistics
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from between_hosts import parser_of, row_of, run, write
 
-from farskip.launch.config import RunConfig
-from farskip.launch.network_hosts import run_on_hosts
 from farskip.launch.ranks import Ranks
 from farskip.parallel.collectives import AllToAll, ProcessGroupLink
 from farskip.parallel.duplex_link import DuplexGlooLink
-from farskip.report import machine_line
 
 WIDTH, WARM_UP = 512, 3
 
@@ -52,27 +46,15 @@ def measure(ranks: Ranks, options: argparse.Namespace) -> None:
 
 def report(times: dict[tuple[str, str], list[float]], options: argparse.Namespace) -> None:
     """Print a table and, where asked, write JSON."""
-    table: list[dict[str, Any]] = []
-    for (name, when), found in times.items():
-        p25, median, p75 = statistics.quantiles(found, n=4)
-        table.append({"link": name, "second_rank": when, "median_ms": median, "p25_ms": p25, "p75_ms": p75})
-        print(f"{when:<8} {name:<18} {median:6.1f} ms ({p25:.1f} - {p75:.1f})")
-    if options.out is not None:
-        about = {"rate": options.rate, "bytes_each_way": options.rows // 2 * WIDTH * 4, "late_ms": options.late_ms}
-        found_on = {"date": time.strftime("%Y-%m-%d"), "machine": machine_line(), "rounds": options.rounds}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**found_on, **about, "rows": table}, indent=1) + "\n")
+    rows = [row_of(name, found, second_rank=when) for (name, when), found in times.items()]
+    write(rows, options, bytes_each_way=options.rows // 2 * WIDTH * 4, late_ms=options.late_ms)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser = parser_of(__doc__, rounds=20, rate="500mbit")
     parser.add_argument("--rows", type=int, default=1280, help="of 2 kB each, half of them for the other rank")
-    parser.add_argument("--rate", default="500mbit")
     parser.add_argument("--late-ms", type=float, default=10.0)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    run_on_hosts(measure, options, RunConfig(device="cpu", threads=1), 2, options.rate)
+    run(measure, parser.parse_args())
 
 
 if __name__ == "__main__":

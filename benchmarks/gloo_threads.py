@@ -12,23 +12,18 @@ Each case is timed with ordinary and with realtime threads in turn, from a barri
 """
 
 import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from between_hosts import parser_of, row_of, run, write
 
-from farskip.launch.config import RunConfig
-from farskip.launch.network_hosts import run_on_hosts
 from farskip.launch.ranks import Ranks
 from farskip.parallel.collectives import AllToAll
 from farskip.parallel.duplex_link import DuplexGlooLink
 from farskip.parallel.gloo_threads import GlooThreads, set_gloo_threads
-from farskip.report import machine_line
 
 WIDTH, ROWS, TOKEN, WARM_UP = 512, 1280, 4096, 3
 SIDE = 256
@@ -81,26 +76,14 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 def report(times: dict[tuple[str, GlooThreads], list[float]], options: argparse.Namespace) -> None:
     """Print a table and, where asked, write JSON."""
-    table: list[dict[str, Any]] = []
-    for (case, mode), found in times.items():
-        p25, median, p75 = statistics.quantiles(found, n=4)
-        table.append({"case": case, "threads": str(mode), "median_ms": median, "p25_ms": p25, "p75_ms": p75})
-        print(f"{case:<14} {mode:<9} {median:6.1f} ms ({p25:.1f} - {p75:.1f})")
-    if options.out is not None:
-        about = {"rate": options.rate, "bytes_each_way": ROWS // 2 * WIDTH * 4, "compute_ms": options.compute_ms}
-        found_on = {"date": time.strftime("%Y-%m-%d"), "machine": machine_line(), "rounds": options.rounds}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**found_on, **about, "rows": table}, indent=1) + "\n")
+    rows = [row_of(case, found, threads=str(mode)) for (case, mode), found in times.items()]
+    write(rows, options, bytes_each_way=ROWS // 2 * WIDTH * 4, compute_ms=options.compute_ms)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser = parser_of(__doc__, rounds=40, rate="500mbit")
     parser.add_argument("--compute-ms", type=float, default=25.0)
-    parser.add_argument("--rate", default="500mbit")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    run_on_hosts(measure, options, RunConfig(device="cpu", threads=1), 2, options.rate)
+    run(measure, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -9,24 +9,20 @@ Prints a table and writes JSON.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from between_hosts import parser_of, row_of, run, write
 
-from farskip.launch.config import RunConfig
-from farskip.launch.network_hosts import run_on_hosts
 from farskip.launch.ranks import Ranks
 from farskip.models.family import backbone_of
 from farskip.models.fresh import build_model
 from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.mesh import build_mesh
-from farskip.report import machine_line
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 512,
@@ -89,27 +85,17 @@ def check_bits(step: Callable[[str], None], parameters: dict[str, torch.nn.Param
 def report(found: dict[str, list[float]], num_bytes: int, options: argparse.Namespace) -> None:
     """Print a table and, where asked, write JSON."""
     medians = {name: statistics.median(times) for name, times in found.items()}
-    rows: list[dict[str, Any]] = []
-    for name, times in found.items():
-        p25, median, p75 = statistics.quantiles(times, n=4)
-        hidden = (medians["behind"] - median) / (medians["behind"] - medians["no_sums"])
-        rows.append({"way": name, "median_ms": median, "p25_ms": p25, "p75_ms": p75, "hidden_share": hidden})
-        print(f"{name:<15} {median:7.1f} ms ({p25:.1f} - {p75:.1f})  {100 * hidden:.0f} % hidden")
-    if options.out is not None:
-        about = {"rate": options.rate, "bytes": num_bytes, "tokens": options.tokens, "rounds": options.rounds}
-        machine = {"date": time.strftime("%Y-%m-%d"), "machine": machine_line(), "torch": torch.__version__}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**machine, **about, "rows": rows}, indent=1) + "\n")
+    cost = medians["behind"] - medians["no_sums"]
+    rows = [
+        row_of(name, times, hidden_share=(medians["behind"] - medians[name]) / cost) for name, times in found.items()
+    ]
+    write(rows, options, bytes=num_bytes, tokens=options.tokens)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser = parser_of(__doc__, rounds=12, rate="1000mbit")
     parser.add_argument("--tokens", type=int, default=1024, help="of each host, in two sequences")
-    parser.add_argument("--rate", default="1000mbit")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    run_on_hosts(measure, options, RunConfig(device="cpu", threads=1), 2, options.rate)
+    run(measure, parser.parse_args())
 
 
 if __name__ == "__main__":

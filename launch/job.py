@@ -192,7 +192,8 @@ def prepare(
     precision: Precision = Precision.fp32,
     frozen: bool = False,
 ) -> Prepared:
-    """Move a rewired model to its device, spread it unless it is, attach recomputation and balancing. A collective."""
+    """Move a rewired model to its device, spread it unless it is, attach recomputation and balancing, and put the
+    threads of gloo groups that are there by then ahead of compute. A collective."""
     model.to(ranks.device)
     model.requires_grad_(not frozen)
     model.train(not frozen)
@@ -240,7 +241,7 @@ def prepare(
         if mesh is not None and dispatcher is not None and dispatcher.capacity is not None:
             balancer = DroppedRows(dispatcher, balancer, communicator.sum_over_processes, device=ranks.device)
     if mesh is not None and ranks.device == "cpu":
-        realtime = set_gloo_threads(parallel.gloo_threads)  # those of all process groups that are there by now
+        realtime = set_gloo_threads(parallel.gloo_threads)
         if ranks.rank == 0 and not frozen:
             print(f"gloo's threads: {'realtime, ahead of compute' if realtime else 'ordinary'}", flush=True)
     return Prepared(model=model, language_model=HFLanguageModel(model), communicator=communicator, balancer=balancer)

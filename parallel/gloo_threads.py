@@ -11,13 +11,18 @@ A realtime thread needs a right: root, CAP_SYS_NICE, or a limit of realtime prio
 """
 
 import os
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 
 _TASKS = Path("/proc/self/task")
 _NAMES = ("gloo", "pt_gloo")
 """How the names of gloo's own threads and of those of torch that wait for them begin."""
+
+_NEVER_WAITED = "\nvoluntary_ctxt_switches:\t0\n"
+_NAMED_WITHIN_S = 1.0
 
 _PRIORITY = 1
 """The lowest of the realtime priorities: ahead of compute, behind everything else that is realtime."""
@@ -47,45 +52,61 @@ def set_gloo_threads(wish: GlooThreads | str) -> bool:
         ValueError: `wish` is ``realtime`` and this process may not, or this system has no such threads.
     """
     wish = GlooThreads(wish)
+    if not _is_known():
+        if wish is GlooThreads.realtime:
+            raise ValueError(
+                "gloo_threads=realtime needs Linux, which says what a thread is called; use gloo_threads=ordinary"
+            )
+        return False
+    realtime = wish is not GlooThreads.ordinary
+    policy, priority = (_realtime(), _PRIORITY) if realtime else (os.SCHED_OTHER, 0)
     try:
-        return _set(wish is not GlooThreads.ordinary)
+        for thread in _gloo_threads():
+            with suppress(ProcessLookupError):  # it ended in between
+                if os.sched_getscheduler(thread) != policy:
+                    os.sched_setscheduler(thread, policy, os.sched_param(priority))
     except PermissionError:
         if wish is GlooThreads.realtime:
             raise ValueError(
                 "gloo_threads=realtime: this process may not have realtime threads; run it as root or with "
                 "CAP_SYS_NICE, raise its limit (ulimit -r 1), or use gloo_threads=ordinary"
             ) from None
-        return False
-    except NotImplementedError:
-        if wish is GlooThreads.realtime:
-            raise ValueError(
-                "gloo_threads=realtime needs Linux, which says what a thread is called; use gloo_threads=ordinary"
-            ) from None
-        return False
+    return gloo_threads_are_realtime()
 
 
-def _set(realtime: bool) -> bool:
-    if not _TASKS.is_dir() or not hasattr(os, "sched_setscheduler"):
-        raise NotImplementedError
-    # Threads that they start are ordinary again, whatever they start them for.
-    policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK if realtime else os.SCHED_OTHER
-    found = False
-    for thread in _gloo_threads():
-        try:
-            if os.sched_getscheduler(thread) != policy:
-                os.sched_setscheduler(thread, policy, os.sched_param(_PRIORITY if realtime else 0))
-        except ProcessLookupError:  # it ended in between
-            continue
-        found = True
-    return found and realtime
+def gloo_threads_are_realtime() -> bool:
+    """Whether this process has gloo threads and all of them are ahead of compute."""
+    policies = set()
+    for thread in _gloo_threads() if _is_known() else ():
+        with suppress(ProcessLookupError):
+            policies.add(os.sched_getscheduler(thread))
+    return bool(policies) and policies == {_realtime()}
+
+
+def _is_known() -> bool:
+    return _TASKS.is_dir() and hasattr(os, "sched_setscheduler")
+
+
+def _realtime() -> int:
+    """The policy. Threads that gloo's threads start are ordinary again, whatever they start them for."""
+    return os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
 
 
 def _gloo_threads() -> Iterator[int]:
     """Their numbers, by which Linux knows them."""
+    until = time.monotonic() + _NAMED_WITHIN_S
     for task in _TASKS.iterdir():
-        try:
-            name = (task / "comm").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if name.startswith(_NAMES):
-            yield int(task.name)
+        with suppress(FileNotFoundError, ProcessLookupError):
+            while not (named := _is_named_for_gloo(task)) and _is_new(task) and time.monotonic() < until:
+                time.sleep(0.001)
+            if named:
+                yield int(task.name)
+
+
+def _is_named_for_gloo(task: Path) -> bool:
+    return (task / "comm").read_text().startswith(_NAMES)
+
+
+def _is_new(task: Path) -> bool:
+    """Whether a thread has not waited for anything so far. gloo's threads name themselves before they wait."""
+    return _NEVER_WAITED in (task / "status").read_text()

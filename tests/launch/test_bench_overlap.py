@@ -21,6 +21,7 @@ from farskip.launch.bench_variants import kinds
 from farskip.launch.hydra_command import documented_keys
 from farskip.launch.ranks import Ranks
 from farskip.parallel.collectives import ProcessGroupLink
+from farskip.parallel.gloo_threads import gloo_threads_are_realtime, set_gloo_threads
 from farskip.parallel.local_copy import LocalCopyLink
 from farskip.testing import RankPool
 
@@ -131,7 +132,9 @@ def bench_on_this_rank(config: BenchOverlapConfig, sabotage: str = "") -> dict[s
     said: list[str] = []
     bench = Sabotaged(config, Ranks(rank=rank, world_size=size, device="cpu"), say=said.append)
     try:
-        return {**bench.run(PASSES), "said": said}
+        set_gloo_threads("ordinary")
+        raw = {**bench.run(PASSES), "said": said, "are_realtime": gloo_threads_are_realtime()}
+        return {**raw, "may_be_realtime": set_gloo_threads("auto")}
     finally:
         bench.close()
 
@@ -143,8 +146,10 @@ def test_a_whole_run_of_sleeps(
     config = small(hosts=hosts, repeats=2, out=str(tmp_path / "new" / "result.json"), routing=RoutingKind.skewed)
     raw = rank_pool.run(bench_on_this_rank, hosts, config)
     assert all(other["passes"] == raw[0]["passes"] for other in raw), "ranks disagree about a repeat"
+    assert all(other["are_realtime"] == other["may_be_realtime"] for other in raw)
     assert report(config, json.loads(json.dumps(raw[0])))
     document = json.loads((tmp_path / "new" / "result.json").read_text())
+    assert document["machine"]["gloo_threads"] == ("realtime" if raw[0]["may_be_realtime"] else "ordinary")
     assert set(document) == {"link", "hosts", "parallel", "compute", "routing", "passes", "machine"}
     assert (document["link"], document["hosts"], document["compute"]) == ("local", hosts, "timed")
     assert tuple(document["passes"]) == PASSES

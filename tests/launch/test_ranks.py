@@ -51,6 +51,22 @@ def on_this_rank(job: str, words: list[str]) -> str | None:
     return None
 
 
+def threads_after(job: str, words: list[str]) -> tuple[str | None, bool, bool]:
+    """What the job says, whether it left gloo's threads realtime, and whether they may be."""
+    from farskip.parallel.gloo_threads import gloo_threads_are_realtime, set_gloo_threads
+
+    set_gloo_threads("ordinary")
+    said = on_this_rank(job, words)
+    return said, gloo_threads_are_realtime(), set_gloo_threads("auto")
+
+
+@pytest.mark.parametrize("wish", ["auto", "ordinary"])
+def test_a_job_puts_gloos_threads_ahead(wish: str, rank_pool: Any, workshop: Any, tmp_path: Path) -> None:
+    more = [f"parallel.gloo_threads={wish}", "training.num_steps=1", "training.optimizer.warmup_steps=0"]
+    for said, are, may_be in rank_pool.run(threads_after, 2, "pretrain_job", workshop.pretrain(tmp_path, *more)[1:]):
+        assert said is None and are == (may_be and wish == "auto")
+
+
 def assert_same_run(actual: Path, expected: Path) -> None:
     """Sums of the same terms in another order: losses agree to fp32 rounding, which Adam's steps let grow a little."""
     ours, theirs = metrics(actual), metrics(expected)

@@ -63,7 +63,7 @@ def test_only_threads_of_gloo_are_put_ahead_and_back(rank_pool: "RankPool") -> N
 
 
 def num_gloo_threads() -> int:
-    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+    return len(list(gloo_threads._gloo_threads()))
 
 
 def threads_of_gradient_sums() -> None:
@@ -82,6 +82,28 @@ def threads_of_gradient_sums() -> None:
 @linux
 def test_threads_that_sum_gradients_are_there_before_the_first_step(rank_pool: "RankPool") -> None:
     rank_pool.run(threads_of_gradient_sums, 2)
+
+
+@pytest.mark.parametrize("waited", [0, 7])
+def test_a_thread_that_has_not_run_yet_is_waited_for_until_it_has_its_name(
+    waited: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    thread = tmp_path / "17"
+    thread.mkdir()
+    (thread / "comm").write_text("python\n")
+    (thread / "status").write_text(
+        f"Name:\tpython\nvoluntary_ctxt_switches:\t{waited}\nnonvoluntary_ctxt_switches:\t0\n"
+    )
+    slept = []
+
+    def first_runs(seconds: float) -> None:
+        slept.append(seconds)
+        (thread / "comm").write_text("pt_gloo_runloop\n")
+
+    monkeypatch.setattr(gloo_threads, "_TASKS", tmp_path)
+    monkeypatch.setattr(gloo_threads.time, "sleep", first_runs)
+    assert list(gloo_threads._gloo_threads()) == ([17] if waited == 0 else [])
+    assert len(slept) == (waited == 0)
 
 
 @linux
