@@ -10,9 +10,10 @@ Legend: T tokens, K experts per token, E experts.
 
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -35,53 +36,98 @@ class Repeat:
 
     Attributes:
         ms: its duration on the slowest rank.
-        delay_share: time in the run queue because of other processes (`RunQueue`) over duration, on the rank where that
-            is largest.
+        delay_share: time in the run queue because of other processes (`CoreTimes.delay`) over duration, on the rank
+            where that is largest.
         is_clean: whether it counts: the share is within the limit that the caller has set.
         exposed_ms: how long compute stood still for communication, on the rank where that is longest; None where
             nobody could tell.
+        others_ran_ms: how long the threads that move bytes had a core, on the rank where that is longest; None where
+            the system keeps no account.
+        others_queued_ms: how long they waited for one, likewise.
     """
 
     ms: float
     delay_share: float
     is_clean: bool
     exposed_ms: float | None = None
+    others_ran_ms: float | None = None
+    others_queued_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """The clean repeats of one variant: quartiles of the duration, the median of what was exposed."""
+    """The clean repeats of one variant: quartiles of the duration, medians of the other times of `Repeat`."""
 
     median_ms: float
     p25_ms: float
     p75_ms: float
     exposed_ms: float | None
+    others_ran_ms: float | None
+    others_queued_ms: float | None
     clean_repeats: int
     rejected_repeats: int
 
 
 def summarize(repeats: Sequence[Repeat]) -> Summary | None:
     """Median and quartiles of the clean repeats; None if there is no clean one."""
-    clean = [repeat.ms for repeat in repeats if repeat.is_clean]
-    exposed = [repeat.exposed_ms for repeat in repeats if repeat.is_clean and repeat.exposed_ms is not None]
+    clean = [repeat for repeat in repeats if repeat.is_clean]
     if not clean:
         return None
-    p25, median, p75 = statistics.quantiles(clean, n=4, method="inclusive") if len(clean) > 1 else clean * 3
+    times = [repeat.ms for repeat in clean]
+    p25, median, p75 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
     return Summary(
         median_ms=median,
         p25_ms=p25,
         p75_ms=p75,
-        exposed_ms=statistics.median(exposed) if exposed else None,
+        exposed_ms=_median(repeat.exposed_ms for repeat in clean),
+        others_ran_ms=_median(repeat.others_ran_ms for repeat in clean),
+        others_queued_ms=_median(repeat.others_queued_ms for repeat in clean),
         clean_repeats=len(clean),
         rejected_repeats=len(repeats) - len(clean),
     )
 
 
-class RunQueue:
-    """How long this process's main thread stood in the run queue, from the kernel's account of it.
+def _median(times: Iterable[float | None]) -> float | None:
+    """Of those that are known; None if none is."""
+    known = [time for time in times if time is not None]
+    return statistics.median(known) if known else None
 
-    Where it computes and the process's other threads move bytes, some of that is their doing and part of the step.
-    Beyond the time that they ran themselves somebody else had the core.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CoreTimes:
+    """What the threads of a process had of the cores, in milliseconds: since it started, or between two readings.
+
+    Attributes:
+        main_queued: of the main thread in the run queue.
+        others_ran: of all other threads on a core. In a benchmark they are those that move bytes.
+        others_queued: of all other threads in the run queue.
+    """
+
+    main_queued: float = 0.0
+    others_ran: float = 0.0
+    others_queued: float = 0.0
+
+    def since(self, before: Self) -> Self:
+        """Between an earlier reading and this one."""
+        return replace(
+            self,
+            main_queued=self.main_queued - before.main_queued,
+            others_ran=self.others_ran - before.others_ran,
+            others_queued=self.others_queued - before.others_queued,
+        )
+
+    @property
+    def delay(self) -> float:
+        """How long the main thread waited for a core beyond what the other threads ran; at least 0.
+
+        Where it computes and they move bytes, some of its waiting is their doing and part of the step. The rest of the
+        time somebody else had the core.
+        """
+        return max(0.0, self.main_queued - self.others_ran)
+
+
+class CoreAccount:
+    """The kernel's account of who had a core, of the threads of this process.
 
     Args:
         tasks: where Linux has a folder per thread, in it an account: time on a core, time waiting for one (both ns),
@@ -92,25 +138,22 @@ class RunQueue:
     def __init__(self, tasks: Path = Path("/proc/self/task"), main: int | None = None) -> None:
         self._tasks = tasks
         self._main = str(os.getpid() if main is None else main)
-        self.is_known = self._account(tasks / self._main) is not None
+        self.is_known = self._read(tasks / self._main) is not None
 
-    def times_ms(self) -> tuple[float, float]:
-        """Milliseconds since the process started: of the main thread in the run queue, and of all others on a core.
-        Zeros where the system keeps no account."""
+    def times(self) -> CoreTimes:
+        """Since the process started. Zeros where the system keeps no account."""
         if not self.is_known:
-            return 0.0, 0.0
-        accounts = {task.name: self._account(task) for task in self._tasks.iterdir()}
-        _, waited = accounts.pop(self._main) or (0, 0)
-        return waited / 1e6, sum(account[0] for account in accounts.values() if account is not None) / 1e6
+            return CoreTimes()
+        accounts = {task.name: self._read(task) or (0, 0) for task in self._tasks.iterdir()}
+        _, main_queued = accounts.pop(self._main, (0, 0))
+        return CoreTimes(
+            main_queued=main_queued / 1e6,
+            others_ran=sum(ran for ran, _ in accounts.values()) / 1e6,
+            others_queued=sum(queued for _, queued in accounts.values()) / 1e6,
+        )
 
     @staticmethod
-    def delay_ms(before: tuple[float, float], after: tuple[float, float]) -> float:
-        """Of two readings: how long the main thread waited for a core beyond what the other threads ran; at least 0."""
-        (waited, ran), (waited_after, ran_after) = before, after
-        return max(0.0, (waited_after - waited) - (ran_after - ran))
-
-    @staticmethod
-    def _account(task: Path) -> tuple[int, int] | None:
+    def _read(task: Path) -> tuple[int, int] | None:
         """Nanoseconds of one thread on a core, and waiting for one; None if it has ended, or nobody counts."""
         try:
             on_core, waiting, *_ = (task / "schedstat").read_text().split()

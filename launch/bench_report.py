@@ -14,7 +14,13 @@ from farskip.benchmarking import Gained, Repeat, Summary, gained, summarize
 from farskip.launch.bench_config import BenchOverlapConfig, Parallelism
 from farskip.launch.run_folder import write_text
 
-_COLUMNS = ("variant", "median ms", "p25", "p75", "clean", "rejected", "speedup", "hidden", "of windows", "exposed ms")
+_PARTS_OF_STEP = ("exposed_ms", "others_ran_ms", "others_queued_ms")
+"""Fields of `Summary`."""
+
+_COLUMNS = (
+    *("variant", "median ms", "p25", "p75", "clean", "rejected", "speedup", "hidden", "of windows"),
+    *(field.replace("_", " ") for field in _PARTS_OF_STEP),
+)
 _BAR, _BLOCKING_LINE, _FREE_LINE = "#4c72b0", "#c44e52", "#55a868"
 
 
@@ -30,7 +36,7 @@ def report(config: BenchOverlapConfig, raw: Mapping[str, Any]) -> bool:
         print(f"\n{timeline}", end="")
     for pass_name, of_pass in rows.items():
         print(f"\n{title(config, pass_name)}\n{_table(of_pass)}")
-    print(f"\ngloo's threads: {raw['gloo_threads']}")
+    print(f"\nothers: the threads that move bytes, on a core and waiting for one; gloo's are {raw['gloo_threads']}")
     if not raw["run_queue_is_known"]:
         print("\nthis system keeps no account of the run queue: no repeat was rejected")
     for variant, why in missing.items():
@@ -101,9 +107,12 @@ def to_json(
             "not_reported": dict(missing),
             "stage_ms": raw["stage_ms"],
             "share_windows_allow": raw["allowed"],
-            "exposed_ms": {
-                pass_name: {variant: summary.exposed_ms for variant, (summary, _) in of_pass.items()}
-                for pass_name, of_pass in rows.items()
+            **{
+                field: {
+                    pass_name: {variant: getattr(summary, field) for variant, (summary, _) in of_pass.items()}
+                    for pass_name, of_pass in rows.items()
+                }
+                for field in _PARTS_OF_STEP
             },
         },
     }
@@ -197,7 +206,7 @@ def _table(of_pass: Mapping[str, tuple[Summary, Gained]]) -> str:
                 f"{gain.speedup:.2f}x" if gain.speedup is not None else "-",
                 _percent(gain.hidden_share),
                 _percent(gain.window_share),
-                f"{summary.exposed_ms:.1f}" if summary.exposed_ms is not None else "-",
+                *(_ms(getattr(summary, field)) for field in _PARTS_OF_STEP),
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
@@ -207,6 +216,10 @@ def _table(of_pass: Mapping[str, tuple[Summary, Gained]]) -> str:
         )
         for line in lines
     )
+
+
+def _ms(time: float | None) -> str:
+    return f"{time:.1f}" if time is not None else "-"
 
 
 def _percent(share: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from farskip.benchmarking import Computed, Repeat, RunQueue, difference, interleave
+from farskip.benchmarking import Computed, CoreAccount, Repeat, difference, interleave
 from farskip.launch.bench_config import BenchOverlapConfig, Compute, Parallelism
 from farskip.launch.bench_tensor import RealTensorModels, TimedTensorModels, tensor_kinds
 from farskip.launch.bench_variants import Kind, RealModels, TimedModels, Variant, kinds
@@ -42,7 +42,7 @@ class Bench:
         self._config = config
         self._ranks = ranks
         self._say = say
-        self._run_queue = RunQueue()
+        self._cores = CoreAccount()
         self._is_tensor = config.parallel is Parallelism.tensor
         self._mesh = build_mesh(1, tp=config.hosts) if self._is_tensor else build_mesh(config.hosts)
         group = axis_group(self._mesh, TP_AXIS if self._is_tensor else EP_AXIS)
@@ -98,7 +98,7 @@ class Bench:
             },
             "timelines": {name: self._timeline(name, times[name]) for name in times if name != self._config.blocking},
             "not_reported": self.not_reported,
-            "run_queue_is_known": self._run_queue.is_known,
+            "run_queue_is_known": self._cores.is_known,
             "gloo_threads": str(GlooThreads.realtime if realtime else GlooThreads.ordinary),
         }
 
@@ -207,7 +207,7 @@ class Bench:
         variant = self.variants[variant_name]
         gradient_BSD = self._gradient_BSD if pass_name == "forward_backward" else None
         dist.barrier()
-        exposed, queued, start = self._link.meter.seconds(), self._run_queue.times_ms(), time.perf_counter()
+        exposed, cores, start = self._link.meter.seconds(), self._cores.times(), time.perf_counter()
         if pass_name == DECODE:
             assert variant.decode is not None
             with torch.no_grad():
@@ -215,17 +215,19 @@ class Bench:
         else:
             variant.run(gradient_BSD)
         ms = 1e3 * (time.perf_counter() - start)
-        delay_ms = self._run_queue.delay_ms(queued, self._run_queue.times_ms())
+        had = self._cores.times().since(cores)
         exposed_ms = 1e3 * (self._link.meter.seconds() - exposed)
         variant.drop_gradients()
-        slowest = torch.tensor([ms, delay_ms / ms, exposed_ms])
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        ms, share, exposed_ms = slowest.tolist()
+        largest = torch.tensor([ms, had.delay / ms, exposed_ms, had.others_ran, had.others_queued])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        ms, share, exposed_ms, others_ran_ms, others_queued_ms = largest.tolist()
         return Repeat(
             ms=ms,
             delay_share=share,
             is_clean=share <= self._config.delay_limit,
             exposed_ms=exposed_ms if variant.executor is not None else None,
+            others_ran_ms=others_ran_ms if self._cores.is_known else None,
+            others_queued_ms=others_queued_ms if self._cores.is_known else None,
         )
 
     def _allowed(self, pass_name: str, times: Mapping[str, StageTimes]) -> dict[str, float]:

@@ -9,8 +9,9 @@ import torch
 from farskip.benchmarking import (
     SKEW,
     Computed,
+    CoreAccount,
+    CoreTimes,
     Repeat,
-    RunQueue,
     difference,
     fixed_experts,
     fixed_routing,
@@ -84,21 +85,31 @@ def test_no_share_where_there_is_nothing_to_hide() -> None:
     assert gained(1.0, blocking_ms=2.0, free_ms=1.0, allowed_share=0.0).window_share is None
 
 
-def test_the_run_queue_is_read_in_milliseconds(tmp_path: Path) -> None:
-    accounts = {"7": "111000000 2500000 7\n", "8": "3000000 99 1\n", "9": "1000000 99 1\n", "10": "", "11": None}
+def test_the_account_of_cores_is_read_in_milliseconds(tmp_path: Path) -> None:
+    accounts = {
+        "7": "111000000 2500000 7\n",
+        "8": "3000000 100000 1\n",
+        "9": "1000000 200000 1\n",
+        "10": "",
+        "11": None,
+    }
     for thread, account in accounts.items():
         (tmp_path / thread).mkdir()
         if account is not None:
             (tmp_path / thread / "schedstat").write_text(account)
-    queue = RunQueue(tmp_path, main=7)
-    assert queue.is_known and queue.times_ms() == (2.5, 4.0)
-    unknown = RunQueue(tmp_path / "none")
-    assert not unknown.is_known and unknown.times_ms() == (0.0, 0.0)
+    account = CoreAccount(tmp_path, main=7)
+    assert account.is_known
+    assert account.times() == CoreTimes(main_queued=2.5, others_ran=4.0, others_queued=0.3)
+    unknown = CoreAccount(tmp_path / "none")
+    assert not unknown.is_known and unknown.times() == CoreTimes()
 
 
 @pytest.mark.parametrize(("waited", "ran", "delay"), [(5.0, 0.0, 5.0), (5.0, 2.0, 3.0), (5.0, 9.0, 0.0)])
 def test_what_own_threads_ran_is_no_delay(waited: float, ran: float, delay: float) -> None:
-    assert RunQueue.delay_ms((1.0, 1.0), (1.0 + waited, 1.0 + ran)) == delay
+    before = CoreTimes(main_queued=1.0, others_ran=2.0, others_queued=3.0)
+    after = CoreTimes(main_queued=1.0 + waited, others_ran=2.0 + ran, others_queued=7.0)
+    assert after.since(before) == CoreTimes(main_queued=waited, others_ran=ran, others_queued=4.0)
+    assert after.since(before).delay == delay
 
 
 def computed(output: list[float], **gradients: list[float]) -> Computed:

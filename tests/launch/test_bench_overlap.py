@@ -5,6 +5,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,10 @@ def test_real_compute_over_an_emulated_link_hides_what_sleeps_cannot_fake(rank_p
     assert set(raw["passes"]["forward"]) == {*(kind.name for kind in kinds(config)), "no_communication"}
     for repeats in raw["passes"].values():
         assert repeats["no_communication"][0]["exposed_ms"] == 0.0
-        assert 0.0 < repeats["ordinary_blocking"][0]["exposed_ms"] < repeats["ordinary_blocking"][0]["ms"]
+        blocking, free = repeats["ordinary_blocking"][0], repeats["no_communication"][0]
+        assert 0.0 < blocking["exposed_ms"] < blocking["ms"]
+        if raw["run_queue_is_known"]:
+            assert free["others_ran_ms"] < blocking["others_ran_ms"], "bytes move in threads of their own"
 
 
 TENSOR_VARIANTS = [
@@ -268,9 +272,8 @@ def test_a_wrong_baseline_ends_the_run(rank_pool: RankPool) -> None:
 
 
 def test_a_variant_without_a_clean_repeat_is_not_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    clean = [{"ms": 2.0, "delay_share": 0.0, "is_clean": True, "exposed_ms": 0.5}]
-    busy = [{"ms": 9.0, "delay_share": 0.5, "is_clean": False, "exposed_ms": None}]
-    assert set(clean[0]) == set(Repeat.__slots__)
+    clean = [asdict(Repeat(ms=2.0, delay_share=0.0, is_clean=True, exposed_ms=0.5, others_ran_ms=1.25))]
+    busy = [asdict(Repeat(ms=9.0, delay_share=0.5, is_clean=False))]
     raw = {
         "passes": {"forward": {"ordinary_blocking": clean, "no_communication": busy}},
         "allowed": {"forward": {}},
@@ -281,7 +284,11 @@ def test_a_variant_without_a_clean_repeat_is_not_reported(capsys: pytest.Capture
         "gloo_threads": "ordinary",
     }
     assert not report(small(), raw)
-    assert "no_communication is not reported: no clean repeat of forward" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no_communication is not reported: no clean repeat of forward" in said
+    header, row = (line.split("  ") for line in said.splitlines() if line.startswith(("variant", "ordinary_blocking")))
+    assert [word.strip() for word in header if word][-3:] == ["exposed ms", "others ran ms", "others queued ms"]
+    assert [word.strip() for word in row if word][-3:] == ["0.5", "1.2", "-"]
 
 
 @pytest.mark.parametrize(("complete", "code"), [([True], 0), ([False], 1)])
