@@ -3,8 +3,10 @@
 Parameters are put into buckets once, from the last of the model to the first, which is about the order in which
 backward finishes them. In a step's last backward a bucket whose gradients are all there is copied together and its
 all-reduce launched, if those before it are launched, so that all ranks launch in one order. What is left when backward
-ends is launched then, and all are waited for. Which parameters share a bucket depends on nothing that happens in a
-step, so neither does a bit of the sums: launched early or at the end, under a serial or an overlapped schedule.
+ends is launched then, and all are waited for; sums that have arrived by the time the next one is launched are put in
+place at once, so that few copies of gradients are there at a time. Which parameters share a bucket depends on nothing
+that happens in a step, so neither does a bit of the sums: launched early or at the end, under a serial or an overlapped
+schedule.
 
 A gradient that no rank has stays away; one that some rank has counts as zero on the others. Behind a bucket's gradients
 travels a number for each, one where there is one: what is still zero when it arrives is missing everywhere. Only a rank
@@ -43,8 +45,10 @@ class _Bucket:
         self.num_bytes = 0
         self.unfinished: set[int] = set()
         self.finished: list[torch.cuda.Event] = []
-        self.sent: list[tuple[torch.Tensor | None, int]] = []
+        self.left: list[tuple[torch.Tensor | None, int]] = []
+        """The gradients as they were when they were sent, then as their sums were put in place."""
         self.pending: Pending | None = None
+        self.work: dist.Work | None = None
 
     def expect(self) -> None:
         """A backward begins in which every gradient becomes what it has to be."""
@@ -54,7 +58,7 @@ class _Bucket:
         """Copy the gradients together and start their sum."""
         for event in self.finished:
             event.wait()  # backward runs an op on the stream of its forward, and here may be another one
-        self.sent = [(p.grad, 0 if p.grad is None else p.grad._version) for p in self.parameters]
+        self._note()
         first = self.parameters[0]
         parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in self.parameters]
         if all(p.grad is not None for p in self.parameters):
@@ -63,22 +67,22 @@ class _Bucket:
             counts = [first.new_zeros(1) if p.grad is None else first.new_ones(1) for p in self.parameters]
         with torch.no_grad():
             flat = torch.cat([*parts, *counts])
-        self.pending = Pending(flat, dist.all_reduce(flat, group=group, async_op=True), meter=meter)
+        self.work = dist.all_reduce(flat, group=group, async_op=True)
+        self.pending = Pending(flat, self.work, meter=meter)
 
-    def finish(self) -> list[nn.Parameter]:
+    def has_arrived(self) -> bool:
+        """Whether a sum is there that has not been put in place."""
+        return self.work is not None and self.work.is_completed()
+
+    def put(self) -> list[nn.Parameter]:
         """Wait for the sum and put it where the gradients are, or should be.
 
         Returns:
             The parameters whose gradient is not the one that was sent. They keep what they have.
         """
         assert self.pending is not None, "a bucket of gradients was waited for before it was launched"
-        summed, self.pending = self.pending.wait(), None
-        sent, self.sent = self.sent, []
-        changed = [
-            parameter
-            for parameter, (gradient, version) in zip(self.parameters, sent, strict=True)
-            if parameter.grad is not gradient or (gradient is not None and gradient._version != version)
-        ]
+        summed, self.pending, self.work = self.pending.wait(), None, None
+        changed = self.changed()
         if changed:
             return changed
         if summed.is_cuda:  # it may come from the memory of another stream
@@ -90,7 +94,19 @@ class _Bucket:
                 parameter.grad.copy_(one.view_as(parameter))
             elif bool(count):
                 parameter.grad = one.view_as(parameter).clone()
+        self._note()
         return []
+
+    def changed(self) -> list[nn.Parameter]:
+        """The parameters whose gradient is not what this bucket left there."""
+        return [
+            parameter
+            for parameter, (gradient, version) in zip(self.parameters, self.left, strict=True)
+            if parameter.grad is not gradient or (gradient is not None and gradient._version != version)
+        ]
+
+    def _note(self) -> None:
+        self.left = [(p.grad, 0 if p.grad is None else p.grad._version) for p in self.parameters]
 
 
 class GradientSums:
@@ -123,7 +139,8 @@ class GradientSums:
         self._buckets: list[_Bucket] = []
         self._bucket_of: dict[int, _Bucket] = {}
         self._hooked: set[int] = set()
-        self._num_launched = 0
+        self._num_launched = self._num_put = 0
+        self._changed: list[nn.Parameter] = []
         self._expecting = self._warned = False
         if not self._is_alone:
             self._plan()
@@ -157,12 +174,16 @@ class GradientSums:
         self._warn_if_late()
         self._expecting = False
         self._plan()
-        changed: list[nn.Parameter] = []
-        for number, bucket in enumerate(self._buckets):
-            while self._num_launched < min(number + _IN_FLIGHT, len(self._buckets)):
+        for bucket in self._buckets[: self._num_put]:
+            self._changed += bucket.changed()
+        while self._num_put < len(self._buckets):
+            while self._num_launched < min(self._num_put + _IN_FLIGHT, len(self._buckets)):
                 self._launch_next()
-            changed += bucket.finish()
-        self._num_launched = 0
+            self._put_next()
+        for bucket in self._buckets:
+            bucket.left = []
+        changed, self._changed = self._changed, []
+        self._num_launched = self._num_put = 0
         if changed:
             raise RuntimeError(
                 f"a gradient of shape {list(changed[0].shape)} changed after it was sent to be summed over ranks: "
@@ -206,6 +227,8 @@ class GradientSums:
             last.num_bytes += parameter.nbytes
         if self._buckets and self._group is None:
             self._group = another_group(self._ranks)
+            # NCCL connects ranks in the first call, and the host waits for it: now, not in the middle of a backward.
+            dist.all_reduce(self._buckets[0].parameters[0].new_zeros(1), group=self._group)
         self._bucket_of = {id(parameter): bucket for bucket in self._buckets for parameter in bucket.parameters}
         if self._early:
             for parameter in self._parameters:
@@ -218,12 +241,16 @@ class GradientSums:
         self._buckets[self._num_launched].launch(self._group, self._meter)
         self._num_launched += 1
 
+    def _put_next(self) -> None:
+        self._changed += self._buckets[self._num_put].put()
+        self._num_put += 1
+
     def _gradient_is_there(self, parameter: nn.Parameter) -> None:
         """Called by autograd."""
         bucket = self._bucket_of.get(id(parameter))
         if not self._expecting or bucket is None:
             return
-        if bucket.pending is not None:
+        if bucket.left:
             raise RuntimeError(
                 f"a gradient of shape {list(parameter.shape)} changed while its sum over ranks was under way: only one "
                 "backward may follow the call that announces a step's last one"
@@ -232,6 +259,8 @@ class GradientSums:
         if parameter.is_cuda:
             bucket.finished.append(torch.cuda.current_stream(parameter.device).record_event())
         while self._num_launched < len(self._buckets) and not self._buckets[self._num_launched].unfinished:
+            while self._num_put < self._num_launched and self._buckets[self._num_put].has_arrived():
+                self._put_next()
             self._launch_next()
 
 

@@ -897,31 +897,45 @@ MUTATIONS = [
     ),
     Mutation(
         "a gradient that is missing on a rank is left out of the sum",
-        _PARALLEL + "gradient_sums:_Bucket.finish",
+        _PARALLEL + "gradient_sums:_Bucket.put",
         "elif bool(count):",
         "elif False:",
         Catch(DATA_PARALLEL, "absent_gradients", (), 2),
     ),
     Mutation(
         "a gradient that no rank has becomes zero",
-        _PARALLEL + "gradient_sums:_Bucket.finish",
+        _PARALLEL + "gradient_sums:_Bucket.put",
         "elif bool(count):",
         "else:",
         Catch(DATA_PARALLEL, "absent_gradients", (), 2),
     ),
     Mutation(
         "a sum of gradients is read before it is there",
-        _PARALLEL + "gradient_sums:_Bucket.finish",
+        _PARALLEL + "gradient_sums:_Bucket.put",
         "self.pending.wait()",
         "self.pending.unfilled",
         EARLY_SUMS,
     ),
     Mutation(
         "a gradient that changed after it was sent is overwritten",
-        _PARALLEL + "gradient_sums:_Bucket.finish",
+        _PARALLEL + "gradient_sums:_Bucket.changed",
         "gradient._version != version",
         "False",
-        Catch(GRADIENT_SUMS, "changed_by", ("in place",), 2),
+        Catch(GRADIENT_SUMS, "changed_by", ("in place", False), 2),
+    ),
+    Mutation(
+        "a gradient that changed after its sum was put in place goes unnoticed",
+        _PARALLEL + "gradient_sums:GradientSums.finish",
+        "self._changed += bucket.changed()",
+        "pass",
+        Catch(GRADIENT_SUMS, "changed_by", ("in place", True), 2),
+    ),
+    Mutation(
+        "sums that have arrived are kept beside the gradients",
+        _PARALLEL + "gradient_sums:GradientSums._gradient_is_there",
+        "self._put_next()",
+        "break",
+        Catch(GRADIENT_SUMS, "most_under_backward", (), 2),
     ),
     Mutation(
         "gradients are sent before all of a bucket are there",
@@ -941,6 +955,8 @@ MUTATIONS = [
         "a bucket is sent as soon as it is complete, whatever the order on other ranks",
         _PARALLEL + "gradient_sums:GradientSums._gradient_is_there",
         "while self._num_launched < len(self._buckets) and not self._buckets[self._num_launched].unfinished:\n"
+        "        while self._num_put < self._num_launched and self._buckets[self._num_put].has_arrived():\n"
+        "            self._put_next()\n"
         "        self._launch_next()",
         "if not bucket.unfinished:\n        self._buckets.remove(bucket)\n"
         "        self._buckets.insert(self._num_launched, bucket)\n        self._launch_next()",

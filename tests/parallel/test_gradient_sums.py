@@ -1,9 +1,10 @@
 """Gradients summed under backward: the bits of sums behind it, on their way when they should be, in one order."""
 
 import gc
+import itertools
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -38,9 +39,10 @@ def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
 
 
 @contextmanager
-def late_sums() -> Iterator[list[torch.Tensor]]:
-    """All-reduces of floats that hold NaN until they are waited for. Gives those under way."""
-    all_reduce, under_way = dist.all_reduce, []
+def late_sums(arrived: Iterable[bool] = itertools.repeat(False)) -> Iterator[list[torch.Tensor]]:
+    """All-reduces of floats that hold NaN until they are waited for, and say that they have arrived as told. Gives
+    those under way."""
+    all_reduce, under_way, answers = dist.all_reduce, [], iter(arrived)
 
     class Late:
         def __init__(self, tensor: torch.Tensor, work: Any) -> None:
@@ -49,8 +51,12 @@ def late_sums() -> Iterator[list[torch.Tensor]]:
             tensor.fill_(float("nan"))
             under_way.append(tensor)
 
+        def is_completed(self) -> bool:
+            return next(answers)
+
         def wait(self) -> None:
             self._tensor.copy_(self._sum)
+            under_way[:] = [tensor for tensor in under_way if tensor is not self._tensor]
 
     def start(tensor: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
         work = all_reduce(tensor, *arguments, **settings)
@@ -80,9 +86,11 @@ def summed(early: bool, micro_batches: int, steps: int = 2) -> list[torch.Tensor
 def early_equals_late(micro_batches: int) -> None:
     late = summed(False, micro_batches)
     assert len(late) == 16 and all(gradient.isfinite().all() for gradient in late)
-    with late_sums():
-        early = summed(True, micro_batches)
-    assert all(torch.equal(one, other) for one, other in zip(early, late, strict=True))
+    on_this_rank = itertools.cycle([True, dist.get_rank() == 0, False])
+    for arrived in (itertools.repeat(False), itertools.repeat(True), on_this_rank):
+        with late_sums(arrived):
+            early = summed(True, micro_batches)
+        assert all(torch.equal(one, other) for one, other in zip(early, late, strict=True))
     model = model_of_layers()  # and both are the sums of what each rank has
     for number in range(micro_batches):
         loss_of(model, number).backward()
@@ -137,8 +145,9 @@ def most_at_once() -> int:
             self._work.wait()
             num -= 1
 
-    with bucket_per_layer(), patch.object(dist, "all_reduce", lambda *a, **k: Counted(all_reduce(*a, **k))):
+    with bucket_per_layer():
         sums = GradientSums(model.parameters(), None, WaitMeter(), early=False)
+    with patch.object(dist, "all_reduce", lambda *a, **k: Counted(all_reduce(*a, **k))):
         loss_of(model, 0).backward()
         sums.finish()
     assert num == 0
@@ -147,6 +156,23 @@ def most_at_once() -> int:
 
 def test_sums_behind_backward_do_not_hold_all_gradients_twice(rank_pool: "RankPool") -> None:
     assert rank_pool.run(most_at_once, 2) == [4, 4]
+
+
+def most_under_backward() -> None:
+    """Of sums that arrive before the next one is launched, one at a time holds a copy of its gradients."""
+    model, seen = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(9))), []
+    with bucket_per_layer(), late_sums(itertools.repeat(True)) as under_way:
+        sums = GradientSums(model.parameters(), None, WaitMeter())
+        sums.expect()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda gradient: seen.append(len(under_way)))
+        loss_of(model, 0).backward()
+        sums.finish()
+    assert max(seen) == 1 and not under_way
+
+
+def test_sums_that_have_arrived_are_put_in_place_under_backward(rank_pool: "RankPool") -> None:
+    rank_pool.run(most_under_backward, 2)
 
 
 def other_order_on_every_rank() -> None:
@@ -175,7 +201,6 @@ def test_ranks_whose_backwards_differ_in_order_sum_the_same_buckets(rank_pool: "
 def beside_what_is_in_flight() -> None:
     """A sum is there although an exchange of the same ranks, launched before it, is not."""
     parameter = nn.Parameter(torch.zeros(2))
-    sums = GradientSums([parameter], None, WaitMeter())
     groups = []
     all_reduce = dist.all_reduce
 
@@ -184,9 +209,13 @@ def beside_what_is_in_flight() -> None:
         return all_reduce(tensor, *arguments, **settings)
 
     with patch.object(dist, "all_reduce", start):
+        sums = GradientSums([parameter], None, WaitMeter())
+        assert len(groups) == 1, "ranks connect when it is made, not in the middle of a backward"
         parameter.sum().backward()
         sums.finish()
-    assert groups and all(group not in (None, dist.group.WORLD) for group in groups), "NCCL runs a group in order"
+    assert len(groups) == 2 and all(group not in (None, dist.group.WORLD) for group in groups), (
+        "NCCL runs a group in order"
+    )
     assert dist.get_process_group_ranks(groups[0]) == list(range(dist.get_world_size()))
 
 
@@ -214,13 +243,17 @@ def double(parameter: torch.Tensor) -> None:
     parameter.grad.mul_(2)
 
 
-def changed_by(change: str) -> None:
-    """What is done to a gradient behind its launch would be lost under the sum."""
+def changed_by(change: str, arrived: bool) -> None:
+    """What is done to a gradient behind its launch would be lost under the sum, or be done to the sum."""
     model = model_of_layers()
     weight = model[3].weight
-    with bucket_per_layer():
-        sums = GradientSums(model.parameters(), None, WaitMeter())
-        sums.expect()
+    with bucket_per_layer(), late_sums(itertools.repeat(arrived)):
+        change_one(model, weight, change)
+
+
+def change_one(model: nn.Module, weight: nn.Parameter, change: str) -> None:
+    sums = GradientSums(model.parameters(), None, WaitMeter())
+    sums.expect()
     if change == "a hook that runs later":
         weight.register_post_accumulate_grad_hook(double)
     loss_of(model, 0).backward()
@@ -238,9 +271,12 @@ def changed_by(change: str) -> None:
         sums.finish()
 
 
+@pytest.mark.parametrize("arrived", [False, True])
 @pytest.mark.parametrize("change", ["in place", "replaced", "a hook that runs later"])
-def test_a_gradient_that_changes_behind_its_launch_is_refused(change: str, rank_pool: "RankPool") -> None:
-    rank_pool.run(changed_by, 2, change)
+def test_a_gradient_that_changes_behind_its_launch_is_refused(
+    change: str, arrived: bool, rank_pool: "RankPool"
+) -> None:
+    rank_pool.run(changed_by, 2, change, arrived)
 
 
 def a_backward_that_fails() -> None:
