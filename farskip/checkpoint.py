@@ -38,6 +38,9 @@ TEMPORARY = ".tmp"
 BEST = "best"
 _ANOTHER = "move it away and resume from another checkpoint of the run"
 
+_CUT_SHORT = "unexpected pos"
+"""What torch's writer says when less was written than it gave, which a disk does that is full."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
@@ -320,6 +323,8 @@ def _quiet_single_process() -> Iterator[None]:
 
 def _first_failure(error: CheckpointException) -> str:
     rank, (cause, _) = sorted(error.failures.items())[0]
+    if _CUT_SHORT in str(cause):
+        return f"rank {rank}: No space left: a file could not be written whole"
     return f"rank {rank}: {_one_line(cause)}"
 
 

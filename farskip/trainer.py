@@ -84,6 +84,7 @@ def train(
     *,
     balancer: Balancer | None = None,
     shutdown: ShutdownRequest | None = None,
+    on_start: Callable[[], None] = lambda: None,
     on_step: Sequence[Callable[[StepReport], None]] = (),
     resume: Path | None = None,
     judged_from: int = 1,
@@ -99,6 +100,7 @@ def train(
         run_folder: gets metrics and checkpoints; on a file system that all ranks share.
         balancer: moves the routers' biases and scales their auxiliary loss.
         shutdown: looked at after every step.
+        on_start: called before the first step, when what a resumed run reads has been read and fits.
         on_step: called in order after every step, on every rank; a profiler's ``step`` fits.
         resume: a checkpoint of the run (``farskip.checkpoint.latest_checkpoint`` finds the newest).
         judged_from: the first step whose held-out value may be the best one, or count as getting no better; those of
@@ -152,6 +154,7 @@ def train(
             state, progress = store.load(resume, lambda names: tensors_to_fill(names, module, optimizer, communicator))
             own = read_manifest(resume).world_size == communicator.world_size
             restore_rank_state(state, batches, device, generators=own)
+        on_start()
         run_folder.mkdir(parents=True, exist_ok=True)
         outputs = rank_zero_outputs(
             stack, rank, run_folder,

@@ -195,7 +195,10 @@ class CheckpointModelConfig:
     path: str = ""
     """Folder of the original, in transformers' format. It is the teacher, too."""
     dtype: str = "float32"
-    """In what teacher and student are held: float32, bfloat16, or auto (what the checkpoint has)."""
+    """In what the teacher is held: float32, bfloat16, or auto (what the checkpoint has). The student is float32;
+    training.precision says in what it computes."""
+    export_dtype: str = "auto"
+    """In what the repaired model is measured and written: float32, bfloat16, or auto (what the original is in)."""
 
 
 @dataclass(kw_only=True)

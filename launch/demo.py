@@ -29,7 +29,7 @@ from farskip.launch.distill import distill
 from farskip.launch.hydra_command import run_hydra
 from farskip.launch.pretrain import pretrain
 from farskip.launch.ranks import Ranks, run_on_local_ranks
-from farskip.launch.run_folder import check_run_folder, write_config
+from farskip.launch.run_folder import check_run_folder, held_folder, write_config
 from farskip.report import Overlap, damage_sentence, write_conversion_report
 from farskip.schedule import Schedule
 
@@ -49,6 +49,11 @@ def main(argv: list[str]) -> int:
 
 
 def _start(config: DemoConfig) -> bool:
+    with held_folder(Path(config.run.folder)):
+        return _run_all(config)
+
+
+def _run_all(config: DemoConfig) -> bool:
     folder = Path(config.run.folder)
     check_run_folder(folder, resume=config.run.resume)
     if not config.data.path:

@@ -9,7 +9,7 @@ from farskip.evaluation import Evaluation
 from farskip.launch.config import DistillConfig
 from farskip.launch.hydra_command import run_hydra
 from farskip.launch.ranks import Ranks, print_on_first_rank, torchrun_ranks
-from farskip.launch.run_folder import check_run_folder
+from farskip.launch.run_folder import held_folder
 from farskip.report import Measured, write_conversion_report
 
 INTRO = """
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
 
 
 def _start(config: DistillConfig) -> bool:
-    with torchrun_ranks(config.run) as ranks:
+    with torchrun_ranks(config.run) as ranks, held_folder(Path(config.run.folder), ranks.rank):
         outcome = distill(ranks, config)
         if outcome is not None and ranks.rank == 0:
             folder = Path(config.run.folder)
@@ -68,26 +68,25 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
 
     from farskip.launch import job
     from farskip.launch.staged_rewiring import stages_of
+    from farskip.models.export_dtype import checkpoint_dtype, round_weights
     from farskip.models.language_model import continue_text
     from farskip.models.surgery import wiring_of
     from farskip.objectives import DistillationObjective
     from farskip.trainer import StopReason
 
-    config.training.check()
-    config.parallel.check()
-    folder = Path(config.run.folder)
-    if ranks.rank == 0:
-        check_run_folder(folder, resume=config.run.resume, wiring=config.wiring)
     if not config.model.path:
         raise ValueError("model.path is empty: give the folder of the original, e.g. model.path=/home/me/model")
-    if config.model.dtype not in DTYPES:
-        raise ValueError(f"model.dtype={config.model.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    for key in ("dtype", "export_dtype"):
+        if getattr(config.model, key) not in DTYPES:
+            raise ValueError(f"model.{key}={getattr(config.model, key)!r} is unknown; use one of {', '.join(DTYPES)}")
     if config.data.tokenizer is None:
         config.data.tokenizer = config.model.path
+    folder = Path(config.run.folder)
+    job.check_run(config, folder, ranks, needs_heldout=True)
     dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     mesh, wiring = job.build_job_mesh(config.parallel, ranks), config.wiring
-    load = partial(job.load_spread, config.model.path, config.parallel, ranks, mesh, dtype=dtype)
-    original, student = load(), load(wiring=wiring.name, layers=wiring.layers)
+    load = partial(job.load_spread, config.model.path, config.parallel, ranks, mesh)
+    original, student = load(dtype=dtype), load(wiring=wiring.name, layers=wiring.layers, dtype=torch.float32)
     if wiring_of(student) == wiring_of(original):
         raise ValueError(f"wiring: {config.model.path} is wired as {wiring_of(original)} already: nothing to repair")
     stages = stages_of(config.wiring, wiring_of(original), wiring_of(student), config.training.num_steps)
@@ -114,7 +113,6 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
         chunk_tokens=config.training.loss_chunk_tokens,
     )
     times = job.tune(prepared, objective, data, config.parallel)
-    job.write_plan(prepared, config, folder, ranks, times)
     result = job.run_training(
         prepared,
         objective,
@@ -122,12 +120,15 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
         config.training,
         folder,
         ranks,
+        on_start=partial(job.write_plan, prepared, config, folder, ranks, times),
         resume=config.run.resume,
         trace_steps=config.profile.steps,
         stages=stages,
     )
     if result.reason is StopReason.shutdown:
         return None
+    says = config.model.export_dtype
+    round_weights(student, checkpoint_dtype(Path(config.model.path)) if says == "auto" else getattr(torch, says))
     outcome = (*before, measured("repaired", prepared, teacher))
     job.export(prepared, tokenizer, folder / "model", ranks)
     return Conversion(measured=outcome, wiring=str(wiring_of(student)))

@@ -20,6 +20,9 @@ from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 
+STOPPED = 143
+"""Exit code of a run that was asked to stop (SIGTERM) and saved. With 0 a job script would go on as if it was done."""
+
 _FLAGS = ("-h", "--help", "-m", "--multirun", "-c", "--cfg", "--resolve")
 
 
@@ -43,7 +46,7 @@ def run_hydra(
         announce: called with one line per combination of a multirun.
 
     Returns:
-        Exit code 0.
+        The exit code: 0, or `STOPPED`.
 
     Raises:
         ValueError: an override that does not fit; names the nearest key.
@@ -65,7 +68,7 @@ def run_hydra(
             swept = [word.lstrip("+") for word in overrides if any(word not in other for other in combinations)]
             announce(f"== {number} of {len(configs)}: {' '.join(swept)}")
         if not job(config):
-            break
+            return STOPPED
     return 0
 
 

@@ -22,14 +22,16 @@ from farskip.evaluation import Evaluation, autocast, evaluate
 from farskip.lanes import SideStream
 from farskip.launch.config import (
     BalanceConfig,
+    DistillConfig,
     FreshModelConfig,
     LinkKind,
     ParallelConfig,
+    PretrainConfig,
     Recompute,
     WiringConfig,
 )
 from farskip.launch.ranks import Ranks
-from farskip.launch.run_folder import STAGE_TIMES, write_config, write_text
+from farskip.launch.run_folder import STAGE_TIMES, check_run_folder, write_config, write_text
 from farskip.launch.staged_rewiring import StagedRewiring
 from farskip.metrics import StepReport
 from farskip.models.attach import attachment_of, layers_of
@@ -77,6 +79,43 @@ class Prepared:
     language_model: HFLanguageModel
     communicator: Communicator
     balancer: Any
+
+
+def check_run(config: PretrainConfig | DistillConfig, folder: Path, ranks: Ranks, *, needs_heldout: bool) -> None:
+    """Refuse what cannot be run or resumed, before a model or a text is read; say what a resumed run does otherwise.
+
+    Args:
+        config: of the command.
+        folder: of the run.
+        ranks: this process among the others.
+        needs_heldout: whether something will be measured on held-out text.
+
+    Raises:
+        ValueError: a setting that no later step can use, a folder that is in use, or a run that is past its last step.
+    """
+    config.training.check()
+    config.parallel.check()
+    config.data.check()
+    Wiring.named(config.wiring.name, 0)
+    for key in ("path", "heldout_path"):
+        path = getattr(config.data, key)
+        if path is not None and not Path(path).expanduser().exists():
+            raise ValueError(f"data.{key}={path} does not exist; give a folder or file with text")
+    if needs_heldout and config.data.heldout_path is None and config.data.heldout_fraction == 0:
+        raise ValueError("there is no held-out text; set data.heldout_fraction above 0 or give data.heldout_path")
+    if ranks.rank != 0:
+        return
+    resume = config.run.resume
+    changed = check_run_folder(folder, resume=resume, config=config)
+    newest = latest_checkpoint(folder / CHECKPOINTS) if resume else None
+    step = 0 if newest is None else read_manifest(newest).step
+    if step > config.training.num_steps:
+        raise ValueError(
+            f"training.num_steps={config.training.num_steps}, and the run in {folder} is at step {step}: give "
+            f"{step} or more, or another run.folder"
+        )
+    if newest is not None:
+        print(f"{folder}: goes on after step {step}{', with ' * bool(changed)}{', '.join(changed)}", flush=True)
 
 
 def build_text(config: DataConfig, parallel: ParallelConfig, ranks: Ranks) -> tuple[Any, TextData]:
@@ -280,6 +319,7 @@ def run_training(
     folder: Path,
     ranks: Ranks,
     *,
+    on_start: Callable[[], None],
     resume: bool,
     trace_steps: Sequence[int] = (),
     stages: WiringStages | None = None,
@@ -287,6 +327,7 @@ def run_training(
     """Train, then leave the best weights (the last ones without evaluation) in the model. A collective.
 
     With `stages` the model takes its wiring on in them, and weights before the last stage are none of the best.
+    `on_start` is called when all that a resumed run reads has been read.
 
     Returns:
         How it ended; with `StopReason.shutdown` the caller has to leave at once, the checkpoint is written.
@@ -316,15 +357,18 @@ def run_training(
                 folder,
                 balancer=prepared.balancer,
                 shutdown=shutdown,
+                on_start=on_start,
                 on_step=on_step,
                 resume=newest,
                 judged_from=1 if stages is None else stages.last_begins,
             )
         finally:
             shutdown.uninstall()
+    stopped = result.reason is StopReason.shutdown
     if ranks.rank == 0:
-        print(f"{folder}: {result.reason} after step {result.progress.step}", flush=True)
-    if result.reason is StopReason.shutdown:
+        more = "; the same command with run.resume=true goes on from there" if stopped else ""
+        print(f"{folder}: {result.reason} after step {result.progress.step}{more}", flush=True)
+    if stopped:
         return result
     if result.best_checkpoint is not None and result.best_checkpoint != result.last_checkpoint:
         _load_weights(prepared, config, folder, result.best_checkpoint)

@@ -1,8 +1,8 @@
 """The `farskip` command: finds the sub-command, imports only its module, and turns user errors into one line.
 
 Decides the table of commands and the exit codes: 0 done, 2 a mistake of the user's, 130 interrupted, 141 the reader of
-the output went away. A bug of ours ends in its traceback. Importing this file imports neither torch nor any command;
-a command is a module with `main(argv) -> int`.
+the output went away, 143 asked to stop (SIGTERM) and saved. A bug of ours ends in its traceback. Importing this file
+imports neither torch nor any command; a command is a module with `main(argv) -> int`.
 """
 
 import difflib

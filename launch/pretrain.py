@@ -1,11 +1,12 @@
 """`farskip pretrain`: train a mixture-of-experts model from scratch, under any wiring."""
 
+from functools import partial
 from pathlib import Path
 
 from farskip.launch.config import PretrainConfig
 from farskip.launch.hydra_command import run_hydra
 from farskip.launch.ranks import Ranks, print_on_first_rank, torchrun_ranks
-from farskip.launch.run_folder import check_run_folder
+from farskip.launch.run_folder import held_folder
 
 INTRO = """
 usage: farskip pretrain data.path=DIR [key=value ...]
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> int:
 
 
 def _start(config: PretrainConfig) -> bool:
-    with torchrun_ranks(config.run) as ranks:
+    with torchrun_ranks(config.run) as ranks, held_folder(Path(config.run.folder), ranks.rank):
         return pretrain(ranks, config)
 
 
@@ -34,16 +35,15 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
     """
     from farskip.launch import job
     from farskip.launch.staged_rewiring import stages_of
+    from farskip.models.fresh import check_settings
     from farskip.models.surgery import wiring_of
     from farskip.objectives import PretrainObjective
     from farskip.trainer import StopReason
     from farskip.wiring import Wiring
 
-    config.training.check()
-    config.parallel.check()
     folder = Path(config.run.folder)
-    if ranks.rank == 0:
-        check_run_folder(folder, resume=config.run.resume, wiring=config.wiring)
+    job.check_run(config, folder, ranks, needs_heldout=config.training.heldout.every_steps > 0)
+    check_settings(config.model.family, config.model.config)
     tokenizer, data = job.build_text(config.data, config.parallel, ranks)
     mesh = job.build_job_mesh(config.parallel, ranks)
     model = job.build_spread(config.model, tokenizer, config.wiring, config.parallel, ranks, mesh)
@@ -54,7 +54,6 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
     prepared = job.prepare(model, config.parallel, config.balance, ranks, mesh, precision=precision)
     objective = PretrainObjective(prepared.language_model, chunk_tokens=config.training.loss_chunk_tokens)
     times = job.tune(prepared, objective, data, config.parallel)
-    job.write_plan(prepared, config, folder, ranks, times)
     result = job.run_training(
         prepared,
         objective,
@@ -62,6 +61,7 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
         config.training,
         folder,
         ranks,
+        on_start=partial(job.write_plan, prepared, config, folder, ranks, times),
         resume=config.run.resume,
         trace_steps=config.profile.steps,
         stages=stages,

@@ -20,6 +20,21 @@ def family_of_type(name: str) -> Family:
     return known[name]
 
 
+def check_settings(model_type: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a family and keys of a config that do not exist, before anything is built.
+
+    Raises:
+        ValueError: unknown family, or a key that its config does not have.
+    """
+    import transformers
+
+    family = family_of_type(model_type)
+    default = transformers.AutoConfig.for_model(family.model_type)
+    unknown = sorted(key for key in settings if not hasattr(default, key) and key not in family.undeclared_config_keys)
+    if unknown:
+        raise ValueError(f"model.config has keys that {family.name} does not know: {', '.join(unknown)}")
+
+
 def build_model(
     model_type: str,
     settings: Mapping[str, Any],
@@ -45,11 +60,8 @@ def build_model(
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
+    check_settings(model_type, settings)
     family = family_of_type(model_type)
-    default = transformers.AutoConfig.for_model(family.model_type)
-    unknown = sorted(key for key in settings if not hasattr(default, key) and key not in family.undeclared_config_keys)
-    if unknown:
-        raise ValueError(f"model.config has keys that {family.name} does not know: {', '.join(unknown)}")
     own = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": end_of_document_id, "pad_token_id": None}
     try:
         config = transformers.AutoConfig.for_model(family.model_type, **{**own, **settings})

@@ -180,18 +180,25 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_new(
     assert store.load(tmp_path / "best", _empty)[1].step == 1
 
 
-def test_a_full_disk_under_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.save", _fail_on_tensors(torch.save))
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+    ],
+)
+def test_a_full_disk_under_the_tensors(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.save", _fail_on_tensors(torch.save, error))
     store = _store(tmp_path)
     with pytest.raises(RuntimeError, match=r"was not written: rank 0: .*No space left"):
         store.save(TENSORS, {}, Progress(step=2))
     assert _names(tmp_path) == []
 
 
-def _fail_on_tensors(original: Callable[..., None]) -> Callable[..., None]:
+def _fail_on_tensors(original: Callable[..., None], error: Exception) -> Callable[..., None]:
     def save(content: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(content, Tensor):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise error
         original(content, *args, **kwargs)
 
     return save
@@ -253,7 +260,7 @@ def _rank_has_no_space(folder: str, where: str) -> str:
     if ranks.rank == 1 and where == "rank file":
         patch.setattr(checkpoint, "_write_file", _FullDisk())
     if ranks.rank == 1 and where == "tensors":
-        patch.setattr("torch.save", _fail_on_tensors(torch.save))
+        patch.setattr("torch.save", _fail_on_tensors(torch.save, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     try:
         with pytest.raises(RuntimeError, match="was not written") as caught:
             store.save({f"t{i}": torch.rand(8) for i in range(8)}, {}, Progress(step=2))

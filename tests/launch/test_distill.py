@@ -112,17 +112,54 @@ def test_resume_is_exact(workshop: Any, farskip_command: Command, pretrained: Ru
     [
         ("wiring.name=ladder", "wiring.name=ladder, and the run in {folder} has wiring.name=farskip"),
         ("wiring.stage_steps=2", "wiring.stage_steps=2, and the run in {folder} has wiring.stage_steps=0"),
+        ("model.path={other}", "model.path={other}, and the run in {folder} has model.path={original}"),
+        ("training.num_steps=3", "training.num_steps=3, and the run in {folder} is at step 4: give 4 or more"),
+        ("data.seed=3", "data.seed"),
     ],
 )
-def test_a_run_keeps_its_wiring(
+def test_a_resumed_run_keeps_what_it_is(
     word: str, says: str, workshop: Any, farskip_command: Command, pretrained: Runs, distilled: Runs, tmp_path: Path
 ) -> None:
-    """Weights fit any wiring, so nothing else would notice."""
+    """Weights fit another wiring and the divergence from another original looks like one, so nothing else would
+    notice. What is refused leaves the record of the run as it was."""
     folder = tmp_path / "run"
     shutil.copytree(distilled("deepseek_v3"), folder, symlinks=True)
-    words = workshop.distill(folder, pretrained("deepseek_v3") / "model", "run.resume=true", word)
+    record = (folder / "config.yaml").read_text()
+    original, other = (pretrained(name) / "model" for name in ("deepseek_v3", "qwen3_moe"))
+    words = workshop.distill(folder, original, "run.resume=true", word.format(other=other))
     code, _, err = farskip_command(words)
-    assert code == 2 and says.format(folder=folder) in err and err.count("\n") == 1
+    assert code == 2 and says.format(folder=folder, original=original, other=other) in err and err.count("\n") == 1
+    assert (folder / "config.yaml").read_text() == record and not list(folder.glob("config.*.yaml"))
+
+
+def test_a_resumed_run_says_what_it_does_otherwise_and_keeps_the_record(
+    workshop: Any, farskip_command: Command, pretrained: Runs, distilled: Runs, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(distilled("deepseek_v3"), folder, symlinks=True)
+    before = (folder / "config.yaml").read_text()
+    more = ["run.resume=true", "training.num_steps=5", "training.optimizer.learning_rate=2e-5"]
+    code, out, err = farskip_command(workshop.distill(folder, pretrained("deepseek_v3") / "model", *more))
+    assert (code, err) == (0, "")
+    assert f"{folder}: goes on after step 4, with training.num_steps=5 (was 4), " in out
+    assert "training.optimizer.learning_rate=2e-05 (was " in out
+    assert (folder / "config.1.yaml").read_text() == before
+    assert "num_steps: 5" in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(("export_dtype", "found"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_a_checkpoint_in_bf16_comes_back_in_bf16(
+    export_dtype: str, found: torch.dtype, workshop: Any, farskip_command: Command, pretrained: Runs, tmp_path: Path
+) -> None:
+    """The teacher is held as it is, the student is trained in float32."""
+    original = farskip.load(pretrained("qwen3_moe") / "model", dtype=torch.bfloat16)
+    farskip.save(original, tmp_path / "bf16")
+    tokenizer = f"data.tokenizer={pretrained('qwen3_moe') / 'model'}"
+    more = ["model.dtype=auto", f"model.export_dtype={export_dtype}", tokenizer]
+    code, out, err = farskip_command(workshop.distill(tmp_path / "run", tmp_path / "bf16", *more))
+    assert (code, err) == (0, "") and "repaired: " in out
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {found}
 
 
 def test_sigterm_leaves_a_checkpoint_and_no_half_report(
@@ -135,8 +172,11 @@ def test_sigterm_leaves_a_checkpoint_and_no_half_report(
     write = MetricsFiles.write
     monkeypatch.setattr(MetricsFiles, "write", lambda self, report: (write(self, report), signal.raise_signal(15))[0])
     code, out, error = farskip_command(workshop.distill(tmp_path / "run", pretrained("qwen3_moe") / "model"))
-    assert (code, error) == (0, "")
-    assert "shutdown requested after step 2" in out and "repaired" not in out
+    assert (code, error) == (143, ""), "a job script must not go on as if the run was done"
+    assert (
+        "shutdown requested after step 2; the same command with run.resume=true goes on from there" in out
+        and "repaired" not in out
+    )
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "checkpoints",
         "config.yaml",
@@ -301,6 +341,21 @@ def test_bad_input_is_one_line(
     assert error.count("\n") == 1
     assert not (tmp_path / "run" / "model").exists()
     assert "report.md" not in [path.name for path in tmp_path.rglob("*")]
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        ("data.path=/nowhere", "data.path=/nowhere does not exist"),
+        ("wiring.name=farskp", "wiring 'farskp' is unknown; did you mean 'farskip'"),
+        ("data.heldout_fraction=0", "there is no held-out text"),
+    ],
+)
+def test_a_typo_is_found_before_a_model_is_read(
+    word: str, answer: str, workshop: Any, farskip_command: Command, tmp_path: Path
+) -> None:
+    code, _, error = farskip_command(workshop.distill(tmp_path / "run", tmp_path / "no_model", word))
+    assert code == 2 and error.startswith(f"farskip distill: {answer}")
 
 
 def test_a_tokenizer_that_does_not_fit_the_model(

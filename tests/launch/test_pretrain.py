@@ -120,7 +120,7 @@ def test_resume_after_sigterm_is_exact(family: str, workshop: Any, farskip_comma
     with pytest.MonkeyPatch.context() as patch:
         stopping_at(3, patch)
         code, out, error = farskip_command(words)
-    assert (code, error) == (0, "")
+    assert (code, error) == (143, "")
     assert "shutdown requested after step 4" in out
     assert not (tmp_path / "cut" / "model").exists()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -140,7 +140,7 @@ def test_a_multirun_ends_with_the_run_that_is_stopped(workshop: Any, farskip_com
     with pytest.MonkeyPatch.context() as patch:
         stopping_at(1, patch)
         code, out, _ = farskip_command(words)
-    assert code == 0
+    assert code == 143
     assert "== 1 of 2: " in out and "== 2 of 2: " not in out
     assert (tmp_path / "farskip" / "checkpoints" / "step_00000002").is_dir()
     assert not (tmp_path / "ladder").exists()
@@ -274,6 +274,24 @@ def test_bad_input_is_one_line(
     assert error.count("\n") == 1
     assert not (tmp_path / "run" / "model").exists()
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".part", ".tmp")]
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        ("model.family=qwen", "model.family='qwen' is not supported"),
+        ("model.config.hiden_size=3", "model.config has keys"),
+        ("wiring.name=farskp", "wiring 'farskp' is unknown; did you mean 'farskip'"),
+        ("data.heldout_fraction=0", "there is no held-out text"),
+    ],
+)
+def test_a_typo_is_found_before_the_text_is_read(
+    word: str, answer: str, workshop: Any, farskip_command: Command, tmp_path: Path
+) -> None:
+    more = [f"data.cache_dir={tmp_path / 'cache'}", word]
+    code, out, error = farskip_command(workshop.pretrain(tmp_path / "run", *more))
+    assert (code, out) == (2, "") and error.startswith(f"farskip pretrain: {answer}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_in_use_is_refused(workshop: Any, farskip_command: Command, pretrained: Callable[[str], Path]) -> None:
