@@ -3,6 +3,7 @@
 The only place that reads torchrun's environment and starts and ends process groups.
 """
 
+import atexit
 import multiprocessing
 import os
 import re
@@ -106,9 +107,22 @@ def _process_group(
     try:
         yield Ranks(rank=rank, world_size=world_size, device=device)
         _leave_together(store, rank, world_size)
-    finally:
-        # Without this the process can abort at exit.
-        dist.destroy_process_group()
+    except BaseException:
+        if device.startswith("cuda"):
+            # Behind whoever tells what happened, and in front of the destructors.
+            atexit.register(_leave_at_once)
+        else:
+            dist.destroy_process_group()
+        raise
+    # Without this the process can abort at exit.
+    dist.destroy_process_group()
+
+
+def _leave_at_once() -> None:
+    """End a rank that failed under NCCL, which would first wait for its peers, and they for it in their collectives."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _leave_together(store: Any, rank: int, world_size: int) -> None:

@@ -1,5 +1,6 @@
 """Several ranks: the same run as on one, and how it ends when a rank raises, dies, or is asked to stop."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from farskip.checkpoint import latest_checkpoint, read_manifest
 from farskip.launch import ranks as ranks_module
 from farskip.launch import testing_jobs
 from farskip.launch.config import RunConfig
-from farskip.launch.ranks import run_on_local_ranks
+from farskip.launch.ranks import run_on_local_ranks, torchrun_ranks
 
 Runs = Callable[[str], Path]
 RUN = RunConfig(device="cpu", timeout_s=60, threads=1)
@@ -318,6 +320,44 @@ def test_a_rank_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"^rank 1: left$"):
         run_on_local_ranks(testing_jobs.hang_on_rank_0, 600.0, RUN, 2)
     assert ranks_alive() == []
+
+
+def test_on_cuda_a_rank_that_raises_tells_why_and_leaves_without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "_local_rank", testing_jobs.local_rank_as_on_cuda)
+    with pytest.raises(RuntimeError, match=r"^rank 1: give it more$"):
+        run_on_local_ranks(testing_jobs.raise_on_rank_1, "give it more", RUN, 2)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("out of words"), KeyError("a bug"), KeyboardInterrupt()], ids=repr)
+def test_on_cuda_torchrun_destroys_the_group_of_ranks_that_are_done_only(
+    error: BaseException | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    store, seen, at_exit = dist.HashStore(), [], []
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCH_NCCL_HIGH_PRIORITY": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks_module, "_device", lambda name, local_rank: f"cuda:{local_rank}")
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: seen.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.append("destroyed"))
+    monkeypatch.setattr(ranks_module, "atexit", SimpleNamespace(register=at_exit.append))
+    monkeypatch.setattr(ranks_module, "_leave_together", lambda *_: seen.append("all are done"))
+    with pytest.raises(type(error)) if error else contextlib.nullcontext(), torchrun_ranks(RUN) as ranks:
+        assert ranks.device == "cuda:1"
+        if error is not None:
+            raise error
+    if error is None:
+        assert (seen, at_exit) == (["cuda:1", "nccl", "all are done", "destroyed"], [])
+        return
+    assert seen == ["cuda:1", "nccl"]
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    (leave,) = at_exit
+    leave()
+    assert codes == [1]
 
 
 def test_no_ranks() -> None:
