@@ -51,6 +51,10 @@ def main(argv: list[str]) -> int:
 def _start(config: DemoConfig) -> bool:
     folder = Path(config.run.folder)
     check_run_folder(folder, resume=config.run.resume)
+    if config.run.device == "cuda":
+        raise ValueError("run.device=cuda, but the demo computes and times on CPU; use run.device=cpu or leave it out")
+    if config.run.device == "auto":
+        config.run.device = "cpu"
     if not config.data.path:
         config.data.path = sysconfig.get_path("stdlib")
     config.data.check()

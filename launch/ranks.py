@@ -143,6 +143,13 @@ def _device(name: str, local_rank: int) -> str:
         raise ValueError("run.device=cuda, but torch sees no CUDA device here; use run.device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return "cpu"
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"run.device={name}: rank {local_rank} of this host needs GPU cuda:{local_rank}, but torch sees {count} here; "
+            f"start at most {count} rank(s) per host, let every rank see all its GPUs (CUDA_VISIBLE_DEVICES), or use "
+            "run.device=cpu"
+        )
     return f"cuda:{local_rank}"
 
 

@@ -15,7 +15,6 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from farskip.launch import ranks as ranks_module
-
 from farskip.launch.config import DistillConfig, PretrainConfig, RunConfig
 from farskip.launch.distill import distill
 from farskip.launch.hydra_command import run_hydra

@@ -360,6 +360,20 @@ def test_on_cuda_torchrun_destroys_the_group_of_ranks_that_are_done_only(
     assert codes == [1]
 
 
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [ranks_module._device("auto", local_rank) for local_rank in range(2)] == ["cuda:0", "cuda:1"]
+    for name in ("auto", "cuda"):
+        with pytest.raises(
+            ValueError, match=f"^run.device={name}: .* needs GPU cuda:2, but torch sees 2 here; start at"
+        ):
+            ranks_module._device(name, 2)
+    assert ranks_module._device("cpu", 2) == "cpu"
+
+
 def test_no_ranks() -> None:
     with pytest.raises(ValueError, match="ranks=0 is too small; use at least 1"):
         run_on_local_ranks(testing_jobs.raise_on_rank_1, "", RUN, 0)
