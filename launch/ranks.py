@@ -146,8 +146,8 @@ def _device(name: str, local_rank: int) -> str:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ValueError(
-            f"run.device={name}: rank {local_rank} of this host needs GPU cuda:{local_rank}, but torch sees {count} here; "
-            f"start at most {count} rank(s) per host, let every rank see all its GPUs (CUDA_VISIBLE_DEVICES), or use "
+            f"run.device={name}: rank {local_rank} of this host needs cuda:{local_rank}, but torch sees {count} GPU(s) "
+            f"here; start at most {count} rank(s) per host, let every rank see all its GPUs (CUDA_VISIBLE_DEVICES), or use "
             "run.device=cpu"
         )
     return f"cuda:{local_rank}"
@@ -225,13 +225,20 @@ def _wait_for(processes: Sequence[BaseProcess], folder: str, asked_to_stop: Call
 
 
 def _first_failure(failed: Sequence[tuple[int, int]], folder: str, world_size: int) -> str:
-    """One line for the rank that the others failed because of: killed before one that only missed its peer."""
+    """One line for the rank that the others failed because of: one that was killed, before one that raised, before one
+    that aborted, as NCCL's watchdog does where a peer is missing, before one that says so itself."""
 
     def message_of(rank: int, kind: str) -> str:
         file = Path(folder) / f"{kind}_{rank}"
         return file.read_text() if file.exists() else ""
 
-    rank, code = min(failed, key=lambda pair: (pair[1] > 0, bool(message_of(pair[0], _LOST_PEER))))
+    def order(pair: tuple[int, int]) -> int:
+        rank, code = pair
+        if code < 0:
+            return 2 if code == -signal.SIGABRT else 0
+        return 3 if message_of(rank, _LOST_PEER) else 1
+
+    rank, code = min(failed, key=order)
     if code < 0:
         return f"rank {rank} of {world_size} was ended by signal {signal.Signals(-code).name}; the others were stopped"
     message = message_of(rank, _ERROR) or message_of(rank, _LOST_PEER)

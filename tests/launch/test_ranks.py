@@ -360,6 +360,31 @@ def test_on_cuda_torchrun_destroys_the_group_of_ranks_that_are_done_only(
     assert codes == [1]
 
 
+@pytest.mark.parametrize(
+    ("codes", "messages", "answer"),
+    [
+        ((-6, 1), {"error_1": "out of memory"}, "rank 1: out of memory"),
+        ((-6, 1), {}, "rank 1 of 2 ended with exit code 1; what it said stands above"),
+        ((-6, -9), {}, "rank 1 of 2 was ended by signal SIGKILL; the others were stopped"),
+        (
+            (1, -6),
+            {"lost_peer_0": "rank 0: no answer from rank 1"},
+            "rank 1 of 2 was ended by signal SIGABRT; the others",
+        ),
+        ((1, -11), {"error_0": "gone"}, "rank 1 of 2 was ended by signal SIGSEGV; the others were stopped"),
+        ((1, 1), {"lost_peer_0": "rank 0: no answer", "error_1": "too short"}, "rank 1: too short"),
+    ],
+    ids=str,
+)
+def test_who_failed_first(codes: tuple[int, int], messages: dict[str, str], answer: str, tmp_path: Path) -> None:
+    """A peer that raises under NCCL ends as SIGABRT of those who wait for it."""
+    for name, message in messages.items():
+        (tmp_path / name).write_text(message)
+    failed = list(enumerate(codes))
+    for order in (failed, failed[::-1]):
+        assert ranks_module._first_failure(order, str(tmp_path), 2).startswith(answer)
+
+
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -367,9 +392,7 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [ranks_module._device("auto", local_rank) for local_rank in range(2)] == ["cuda:0", "cuda:1"]
     for name in ("auto", "cuda"):
-        with pytest.raises(
-            ValueError, match=f"^run.device={name}: .* needs GPU cuda:2, but torch sees 2 here; start at"
-        ):
+        with pytest.raises(ValueError, match=f"^run.device={name}: .* needs cuda:2, but torch sees 2 GPU"):
             ranks_module._device(name, 2)
     assert ranks_module._device("cpu", 2) == "cpu"
 
