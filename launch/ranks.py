@@ -147,8 +147,8 @@ def _device(name: str, local_rank: int) -> str:
     if local_rank >= count:
         raise ValueError(
             f"run.device={name}: rank {local_rank} of this host needs cuda:{local_rank}, but torch sees {count} GPU(s) "
-            f"here; start at most {count} rank(s) per host, let every rank see all its GPUs (CUDA_VISIBLE_DEVICES), or use "
-            "run.device=cpu"
+            f"here; start at most {count} rank(s) per host, let every rank see all its GPUs (CUDA_VISIBLE_DEVICES), or "
+            "use run.device=cpu"
         )
     return f"cuda:{local_rank}"
 
