@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from farskip.checkpoint import CheckpointStore, latest_checkpoint, read_manifest
@@ -49,6 +48,7 @@ from farskip.parallel.duplex_link import real_link
 from farskip.parallel.emulated_link import EmulatedLink
 from farskip.parallel.gloo_threads import set_gloo_threads
 from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, axis_size, build_mesh
+from farskip.parallel.together import barrier
 from farskip.profiling import StepTracer
 from farskip.schedule import Schedule
 from farskip.shutdown import ShutdownRequest
@@ -424,4 +424,4 @@ def _load_weights(prepared: Prepared, config: TrainingConfig, folder: Path, chec
 
 
 def _barrier(ranks: Ranks) -> Any:
-    return dist.barrier if ranks.world_size > 1 else lambda: None
+    return partial(barrier, ranks.device) if ranks.world_size > 1 else lambda: None
