@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait as wait_for_any
@@ -84,6 +84,8 @@ def _process_group(
     import torch
     import torch.distributed as dist
 
+    from farskip.parallel.together import say_that_this_rank_failed
+
     device = _device(run.device, local_rank)
     if run.threads < 0 or run.timeout_s < 1:
         raise ValueError(f"run.threads={run.threads} and run.timeout_s={run.timeout_s} must be at least 0 and 1")
@@ -108,6 +110,8 @@ def _process_group(
         yield Ranks(rank=rank, world_size=world_size, device=device)
         _leave_together(store, rank, world_size)
     except BaseException:
+        with suppress(Exception):  # the store may be gone with its host, and what is under way says more
+            say_that_this_rank_failed()
         if device.startswith("cuda"):
             # Behind whoever tells what happened, and in front of the destructors.
             atexit.register(_leave_at_once)

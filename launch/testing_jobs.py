@@ -20,6 +20,7 @@ from farskip.launch.distill import distill
 from farskip.launch.hydra_command import run_hydra
 from farskip.launch.pretrain import pretrain
 from farskip.launch.ranks import Ranks
+from farskip.parallel.together import first_rank_says
 from farskip.report import write_conversion_report
 
 
@@ -45,6 +46,16 @@ def raise_on_rank_1(ranks: Ranks, message: str) -> None:
     if ranks.rank == 1:
         raise ValueError(message)
     dist.barrier()
+
+
+def wait_for_words_of_rank_0(ranks: Ranks, folder: str) -> None:
+    """Rank 0 raises instead; rank 1 waits for it without a limit, and leaves a file when it is let go."""
+    if ranks.rank == 0:
+        raise ValueError("left")
+    try:
+        first_rank_says()
+    finally:
+        (Path(folder) / "let go").touch()
 
 
 def hang_on_rank_0(ranks: Ranks, seconds: float) -> None:

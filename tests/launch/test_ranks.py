@@ -322,6 +322,46 @@ def test_a_rank_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks_alive() == []
 
 
+def test_a_rank_that_raises_lets_those_go_who_wait_for_its_words(tmp_path: Path) -> None:
+    """Which is no collective, whose connections would be closed; the launcher ends them only after its grace."""
+    with pytest.raises(RuntimeError, match=r"^rank 0: left$"):
+        run_on_local_ranks(testing_jobs.wait_for_words_of_rank_0, str(tmp_path), RUN, 2)
+    assert (tmp_path / "let go").exists()
+
+
+def text_packed_slowly(folder: str, seconds: float) -> int:
+    """Training tokens that this rank sees, from a packing that takes longer than the group's timeout."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    from farskip import data
+    from farskip.data_config import DataConfig
+    from farskip.launch import job
+    from farskip.launch.config import ParallelConfig
+    from farskip.launch.ranks import Ranks
+
+    def pack_slowly(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return pack_text(*arguments)
+
+    pack_text, config = data.pack_text, DataConfig(path=folder, patterns=["*.txt"], vocab_size=257, sequence_length=8)
+    config.cache_dir, config.heldout_fraction = str(Path(folder) / "cache"), 0.0
+    ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device="cpu")
+    _set_pg_timeout(timedelta(seconds=0.5), dist.group.WORLD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "pack_text", pack_slowly)
+        return job.build_text(config, ParallelConfig(), ranks)[1].num_train_tokens
+
+
+def test_packing_may_take_longer_than_a_collective_waits(rank_pool: Any, tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"text number {number}")
+    first, second = rank_pool.run(text_packed_slowly, 2, str(tmp_path), 1.5)
+    assert first == second > 0
+
+
 def test_on_cuda_a_rank_that_raises_tells_why_and_leaves_without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks_module, "_local_rank", testing_jobs.local_rank_as_on_cuda)
     with pytest.raises(RuntimeError, match=r"^rank 1: give it more$"):
