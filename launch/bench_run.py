@@ -140,7 +140,7 @@ class Bench:
             executor = variant.executor
             if executor is None or (executor.mode == "serial" and name != self._config.blocking):
                 continue
-            mode, timer = executor.mode, StageTimer()
+            mode, timer = executor.mode, StageTimer(self._ranks.device)
             executor.reschedule("serial", None)
             variant.computed(self._gradient_BSD)
             executor.observers.append(timer)
