@@ -44,7 +44,7 @@ def first_rank_says(words: str = "") -> str:
     # Every rank counts its own calls, in the store since a process may live through several groups.
     key = f"farskip/first rank said {store.add(f'farskip/calls of {rank}', 1)}"
     if rank == 0:
-        store.set(key, words.encode("utf-8", "backslashreplace"))
+        store.set(key, words.encode("utf-8", "backslashreplace").decode())
         return words
     pause_s = 0.001
     while not store.check([key]):
