@@ -119,7 +119,7 @@ def build_data(
     *,
     rank: int,
     world_size: int,
-    barrier: Callable[[], None],
+    barrier: Callable[[], object],
     packs: bool | None = None,
 ) -> TextData:
     """Read, tokenize and pack the text, or find it packed from an earlier run.
@@ -129,7 +129,8 @@ def build_data(
         tokenizer: from build_tokenizer; equal on every rank.
         rank: this rank among those that split the data, 0 <= rank < world_size.
         world_size: number of those ranks.
-        barrier: returns when every rank has called it; called exactly once, also when packing fails.
+        barrier: called exactly once by every process, also when packing fails; returns when the one that packs has
+            called it. Packing may take longer than a collective waits.
         packs: whether this process does the work; None: if its rank is 0. Several processes of one rank, which see the
             same data, have one that does.
 

@@ -21,10 +21,12 @@ class StageTimer:
     """Collects the duration of every instruction, in both directions.
 
     Args:
+        device: on which the stages compute.
         clock: seconds; replaced in tests.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, device: torch.device | str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._device = torch.device(device)
         self._clock = clock
         self._seconds: dict[tuple[str, str], list[float]] = {}
         self._launched: dict[tuple[str, Key], float] = {}
@@ -32,18 +34,18 @@ class StageTimer:
 
     def __call__(self, instruction: Instruction, direction: str) -> Ended:
         """See `farskip.executor.Observer`."""
-        _synchronize()
+        self._synchronize()
         start = self._clock()
         key = instruction.key
         self._chunks[key.stage] = max(self._chunks.get(key.stage, 1), 1 + key.chunk)
         if instruction.do is Do.LAUNCH:
             self._launched[direction, key] = start
-            return _synchronize
+            return self._synchronize
         if instruction.do is Do.WAIT:
             start = self._launched.pop((direction, key))
 
         def end() -> None:
-            _synchronize()
+            self._synchronize()
             self._seconds.setdefault((key.stage, direction), []).append(self._clock() - start)
 
         return end
@@ -65,7 +67,6 @@ class StageTimer:
         backward = {stage: value for (stage, direction), value in medians.items() if direction == "backward"}
         return StageTimes(forward=forward, backward=backward)
 
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

@@ -21,6 +21,7 @@ from farskip.parallel.emulated_link import EmulatedLink
 from farskip.parallel.gloo_threads import GlooThreads, set_gloo_threads
 from farskip.parallel.local_copy import LocalCopyLink
 from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, build_mesh
+from farskip.parallel.together import barrier
 from farskip.simulator import StageTimes, explain, simulate
 from farskip.stage_timer import StageTimer
 
@@ -139,7 +140,7 @@ class Bench:
             executor = variant.executor
             if executor is None or (executor.mode == "serial" and name != self._config.blocking):
                 continue
-            mode, timer = executor.mode, StageTimer()
+            mode, timer = executor.mode, StageTimer(self._ranks.device)
             executor.reschedule("serial", None)
             variant.computed(self._gradient_BSD)
             executor.observers.append(timer)
@@ -206,7 +207,7 @@ class Bench:
         variant_name, _, pass_name = name.partition("/")
         variant = self.variants[variant_name]
         gradient_BSD = self._gradient_BSD if pass_name == "forward_backward" else None
-        dist.barrier()
+        barrier(self._ranks.device)
         exposed, cores, start = self._link.meter.seconds(), self._cores.times(), time.perf_counter()
         if pass_name == DECODE:
             assert variant.decode is not None

@@ -56,6 +56,10 @@ def _start(config: DemoConfig) -> bool:
 def _run_all(config: DemoConfig) -> bool:
     folder = Path(config.run.folder)
     check_run_folder(folder, resume=config.run.resume)
+    if config.run.device == "cuda":
+        raise ValueError("run.device=cuda, but the demo computes and times on CPU; use run.device=cpu or leave it out")
+    if config.run.device == "auto":
+        config.run.device = "cpu"
     if not config.data.path:
         config.data.path = sysconfig.get_path("stdlib")
     config.data.check()
@@ -158,6 +162,7 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
     from farskip.launch import job
     from farskip.models.attach import attachment_of
     from farskip.objectives import PretrainObjective
+    from farskip.parallel.together import barrier
     from farskip.profiling import TraceSession
 
     _, data = job.build_text(replace(config.data, tokenizer=str(model_path)), config.parallel, ranks)
@@ -187,7 +192,7 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
     def step(prepared: Any) -> float:
         objective = PretrainObjective(prepared.language_model, chunk_tokens=config.pretrain.loss_chunk_tokens)
         prepared.model.zero_grad(set_to_none=True)
-        dist.barrier()
+        barrier(ranks.device)
         started = time.perf_counter()
         loss = objective.loss(batch).loss / batch.num_labels()
         loss.backward()
@@ -209,7 +214,7 @@ def show_overlap(ranks: Ranks, config: DemoConfig, model_path: Path, folder: Pat
         assert attachment is not None
         with TraceSession(attachment.executor, folder / f"{schedule}_rank{ranks.rank}.json.gz"):
             step(prepared)
-        dist.barrier()
+        barrier(ranks.device)
     if ranks.rank != 0:
         return (), bool(same_bits)
     seen = tuple(_inspected(schedule, times[schedule], folder, ranks.world_size) for schedule in variants)

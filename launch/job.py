@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from farskip.checkpoint import CheckpointStore, latest_checkpoint, read_manifest
@@ -51,6 +50,7 @@ from farskip.parallel.duplex_link import real_link
 from farskip.parallel.emulated_link import EmulatedLink
 from farskip.parallel.gloo_threads import set_gloo_threads
 from farskip.parallel.mesh import EP_AXIS, TP_AXIS, axis_group, axis_size, build_mesh
+from farskip.parallel.together import barrier, first_rank_says
 from farskip.profiling import StepTracer
 from farskip.schedule import Schedule
 from farskip.shutdown import ShutdownRequest
@@ -128,7 +128,7 @@ def build_text(config: DataConfig, parallel: ParallelConfig, ranks: Ranks) -> tu
         tokenizer,
         rank=ranks.rank // parallel.tp,
         world_size=ranks.world_size // parallel.tp,
-        barrier=_barrier(ranks),
+        barrier=first_rank_says if ranks.world_size > 1 else lambda: None,
         packs=ranks.rank == 0,
     )
     if ranks.rank == 0:
@@ -451,7 +451,8 @@ def export(prepared: Prepared, tokenizer: Any, path: Path, ranks: Ranks) -> None
     save(prepared.model, path)
     if ranks.rank == 0:
         tokenizer.save_pretrained(path)
-    _barrier(ranks)()
+    if ranks.world_size > 1:
+        barrier(ranks.device)
 
 
 def named_wiring(name: str, layers: str, num_layers: int) -> Wiring:
@@ -465,7 +466,3 @@ def _load_weights(prepared: Prepared, config: TrainingConfig, folder: Path, chec
     store = CheckpointStore(folder / CHECKPOINTS, prepared.communicator, keep_last=1, device=device)
     optimizer = build_optimizer(module, config.optimizer, prepared.communicator.shares)
     store.load(checkpoint, lambda names: tensors_to_fill(names, module, optimizer, prepared.communicator))
-
-
-def _barrier(ranks: Ranks) -> Any:
-    return dist.barrier if ranks.world_size > 1 else lambda: None

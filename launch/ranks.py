@@ -3,6 +3,7 @@
 The only place that reads torchrun's environment and starts and ends process groups.
 """
 
+import atexit
 import multiprocessing
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait as wait_for_any
@@ -83,6 +84,8 @@ def _process_group(
     import torch
     import torch.distributed as dist
 
+    from farskip.parallel.together import say_that_this_rank_failed
+
     device = _device(run.device, local_rank)
     if run.threads < 0 or run.timeout_s < 1:
         raise ValueError(f"run.threads={run.threads} and run.timeout_s={run.timeout_s} must be at least 0 and 1")
@@ -106,9 +109,24 @@ def _process_group(
     try:
         yield Ranks(rank=rank, world_size=world_size, device=device)
         _leave_together(store, rank, world_size)
-    finally:
-        # Without this the process can abort at exit.
-        dist.destroy_process_group()
+    except BaseException:
+        with suppress(Exception):  # the store may be gone with its host, and what is under way says more
+            say_that_this_rank_failed()
+        if device.startswith("cuda"):
+            # Behind whoever tells what happened, and in front of the destructors.
+            atexit.register(_leave_at_once)
+        else:
+            dist.destroy_process_group()
+        raise
+    # Without this the process can abort at exit.
+    dist.destroy_process_group()
+
+
+def _leave_at_once() -> None:
+    """End a rank that failed under NCCL, which would first wait for its peers, and they for it in their collectives."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _leave_together(store: Any, rank: int, world_size: int) -> None:
@@ -129,6 +147,13 @@ def _device(name: str, local_rank: int) -> str:
         raise ValueError("run.device=cuda, but torch sees no CUDA device here; use run.device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return "cpu"
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"run.device={name}: rank {local_rank} of this host needs cuda:{local_rank}, but torch sees {count} GPU(s) "
+            f"here; start at most {count} rank(s) per host, let every rank see all its GPUs (CUDA_VISIBLE_DEVICES), or "
+            "use run.device=cpu"
+        )
     return f"cuda:{local_rank}"
 
 
@@ -204,13 +229,20 @@ def _wait_for(processes: Sequence[BaseProcess], folder: str, asked_to_stop: Call
 
 
 def _first_failure(failed: Sequence[tuple[int, int]], folder: str, world_size: int) -> str:
-    """One line for the rank that the others failed because of: killed before one that only missed its peer."""
+    """One line for the rank that the others failed because of: one that was killed, before one that raised, before one
+    that aborted, as NCCL's watchdog does where a peer is missing, before one that says so itself."""
 
     def message_of(rank: int, kind: str) -> str:
         file = Path(folder) / f"{kind}_{rank}"
         return file.read_text() if file.exists() else ""
 
-    rank, code = min(failed, key=lambda pair: (pair[1] > 0, bool(message_of(pair[0], _LOST_PEER))))
+    def order(pair: tuple[int, int]) -> int:
+        rank, code = pair
+        if code < 0:
+            return 2 if code == -signal.SIGABRT else 0
+        return 3 if message_of(rank, _LOST_PEER) else 1
+
+    rank, code = min(failed, key=order)
     if code < 0:
         return f"rank {rank} of {world_size} was ended by signal {signal.Signals(-code).name}; the others were stopped"
     message = message_of(rank, _ERROR) or message_of(rank, _LOST_PEER)

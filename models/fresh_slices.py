@@ -47,8 +47,9 @@ def fresh_model(family: Family, config: Any, seed: int, here: RankSlices) -> Any
     filling = _Filling(model, _cuts(model, family, here))
     # Parts of a model that are models themselves, as its backbone, give their own modules their values.
     parts = [part for part in model.modules() if hasattr(part, "initialize_weights")]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    # Values are drawn on CPU; to fork or seed the others' generators would initialize every GPU of the host.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         try:
             for part in parts:
                 part._init_weights = filling.around(part._init_weights)
@@ -124,4 +125,4 @@ class _Filling:
 def _nobody_wrote(empty: torch.Tensor) -> torch.Tensor:
     """Memory in which a value that is missing shows."""
     assert empty.is_floating_point(), f"a tensor of {empty.dtype} has no NaN to show that nobody wrote it"
-    return torch.full(empty.shape, float("nan"), dtype=empty.dtype)
+    return torch.full(empty.shape, float("nan"), dtype=empty.dtype, device="cpu")

@@ -210,7 +210,7 @@ def tune_schedule(model: Any, step: Callable[[], None], num_steps: int = 2) -> S
     attachment = attachment_of(model)
     if attachment is None or not attachment.executor.graph.has_collectives or attachment.executor.mode == "serial":
         return None
-    executor, timer = attachment.executor, StageTimer()
+    executor, timer = attachment.executor, StageTimer(next(model.parameters()).device)
     mode, hook = executor.mode, executor.routing_hook
     executor.routing_hook = None  # the warm-up's tokens are not the training's
     executor.reschedule("serial", None)

@@ -29,6 +29,7 @@ from farskip.models.parallelize import Spread, check_spread, full_state_dict, pa
 from farskip.models.rank_slices import RankSlices, load_slice, slices_here
 from farskip.models.saving import complete_checkpoint
 from farskip.models.surgery import rewire, wiring_of
+from farskip.parallel.together import first_rank_says
 from farskip.wiring import Wiring
 
 _UNDONE_BY_TRANSFORMERS = "mxfp4"
@@ -125,19 +126,18 @@ def _write(model: Any, state: dict[str, torch.Tensor], wiring: Wiring, folder: P
 
 
 def _on_first_rank(action: Callable[[], None]) -> None:
-    """Rank 0 acts, and all ranks go on together or raise together. A collective."""
-    error: Exception | None = None
+    """Rank 0 acts, as long as it takes, and all ranks go on together or raise together. A collective."""
+    error: BaseException | None = None
     if dist.get_rank() == 0:
         try:
             action()
-        except Exception as caught:
+        except BaseException as caught:
             error = caught
-    said = [None if error is None else f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(said, src=0)
+    said = first_rank_says("" if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
-    if said[0] is not None:
-        raise RuntimeError(f"save: rank {dist.get_rank()} stops because rank 0 could not write: {said[0]}")
+    if said:
+        raise RuntimeError(f"save: rank {dist.get_rank()} stops because rank 0 could not write: {said}")
 
 
 def undo_quantization(folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> Fp8 | None:

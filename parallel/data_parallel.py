@@ -24,6 +24,7 @@ from farskip.parallel.gradient_sums import GradientSums
 from farskip.parallel.mesh import DATA_AXIS, EP_AXIS, REPLICA_AXIS, TP_AXIS, axes_of, axis_group, axis_size
 from farskip.parallel.optimizer_shares import OptimizerShares, Slices
 from farskip.parallel.tensor_parallel import TensorLayout
+from farskip.parallel.together import barrier
 from farskip.wait_meter import WaitMeter
 
 
@@ -134,7 +135,7 @@ class DataParallel:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier()
+        barrier(self._device)
 
     def wrap_for_checkpoint(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A DTensor over this rank's slice of a parameter or of its optimizer state, else the tensor itself."""

@@ -1,6 +1,7 @@
 """The stage timer: medians by kind of stage and direction, and chunks as the simulator takes them."""
 
 import pytest
+import torch
 
 from farskip.instruction import Do, Instruction
 from farskip.simulator import simulate
@@ -31,7 +32,7 @@ def step(do: Do, stage: str, chunk: int = 0, layer: int = 0) -> Instruction:
 
 def test_medians_by_kind_and_direction() -> None:
     clock = Clock()
-    timer = StageTimer(clock)
+    timer = StageTimer("cpu", clock)
     for seconds in (1.0, 2.0, 9.0):
         observe(timer, clock, [(step(Do.RUN, "mlp"), seconds)], "forward")
     exchange = [(step(Do.LAUNCH, "dispatch"), 1.0), (step(Do.RUN, "mlp"), 5.0), (step(Do.WAIT, "dispatch"), 2.0)]
@@ -43,7 +44,7 @@ def test_medians_by_kind_and_direction() -> None:
 
 def test_all_chunks_together_take_what_each_of_them_took() -> None:
     clock = Clock()
-    timer = StageTimer(clock)
+    timer = StageTimer("cpu", clock)
     steps = [
         each
         for chunk in range(2)
@@ -60,6 +61,20 @@ def test_all_chunks_together_take_what_each_of_them_took() -> None:
     assert total == pytest.approx(1e3 * clock.now)
 
 
+@pytest.mark.parametrize(("device", "synchronized"), [("cpu", []), ("cuda:1", [torch.device("cuda:1")] * 4)])
+def test_waits_for_the_device_that_computes(
+    device: str, synchronized: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And for none where ranks compute on CPU beside a GPU that somebody else may use."""
+    seen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: seen.append(device))
+    clock = Clock()
+    steps = [(step(Do.LAUNCH, "dispatch"), 1.0), (step(Do.RUN, "mlp"), 1.0)]
+    observe(StageTimer(device, clock), clock, steps, "forward")
+    assert seen == synchronized
+
+
 def test_nothing_seen_is_an_error() -> None:
     with pytest.raises(ValueError, match="stage times: nothing was observed"):
-        StageTimer().times()
+        StageTimer("cpu").times()

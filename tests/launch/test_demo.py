@@ -163,6 +163,7 @@ BAD = {
     "link": ("parallel.link.bandwidth_gbit_s=0", "parallel.link.bandwidth_gbit_s=0.0 must be above 0"),
     "timed steps": ("show.timed_steps=0", "show.timed_steps=0 is too small"),
     "held-out batches": ("show.heldout_batches=0", "show.heldout_batches=0 is too small"),
+    "device": ("run.device=cuda", "run.device=cuda, but the demo computes and times on CPU; use run.device=cpu"),
     "new tokens": ("show.new_tokens=0", "show.new_tokens=0 is too small"),
 }
 
@@ -177,3 +178,13 @@ def test_bad_input_is_refused_before_any_rank_starts(
     assert error.startswith(f"farskip demo: {answer}")
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_is_left_alone(
+    workshop: Any, tmp_path: Path, farskip_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[str] = []
+    monkeypatch.setattr("farskip.launch.demo.run_on_local_ranks", lambda _, __, run, ___: devices.append(run.device))
+    for device in ("auto", "cpu"):
+        assert farskip_command(words(workshop, tmp_path / "run", f"run.device={device}"))[0] == 0
+    assert devices == ["cpu", "cpu"]

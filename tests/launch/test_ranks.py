@@ -1,5 +1,6 @@
 """Several ranks: the same run as on one, and how it ends when a rank raises, dies, or is asked to stop."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from farskip.checkpoint import latest_checkpoint, read_manifest
 from farskip.launch import ranks as ranks_module
 from farskip.launch import testing_jobs
 from farskip.launch.config import RunConfig
-from farskip.launch.ranks import run_on_local_ranks
+from farskip.launch.ranks import run_on_local_ranks, torchrun_ranks
 
 Runs = Callable[[str], Path]
 RUN = RunConfig(device="cpu", timeout_s=60, threads=1)
@@ -318,6 +320,121 @@ def test_a_rank_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"^rank 1: left$"):
         run_on_local_ranks(testing_jobs.hang_on_rank_0, 600.0, RUN, 2)
     assert ranks_alive() == []
+
+
+def test_a_rank_that_raises_lets_those_go_who_wait_for_its_words(tmp_path: Path) -> None:
+    """Which is no collective, whose connections would be closed; the launcher ends them only after its grace."""
+    with pytest.raises(RuntimeError, match=r"^rank 0: left$"):
+        run_on_local_ranks(testing_jobs.wait_for_words_of_rank_0, str(tmp_path), RUN, 2)
+    assert (tmp_path / "let go").exists()
+
+
+def text_packed_slowly(folder: str, seconds: float) -> int:
+    """Training tokens that this rank sees, from a packing that takes longer than the group's timeout."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    from farskip import data
+    from farskip.data_config import DataConfig
+    from farskip.launch import job
+    from farskip.launch.config import ParallelConfig
+    from farskip.launch.ranks import Ranks
+
+    def pack_slowly(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return pack_text(*arguments)
+
+    pack_text, config = data.pack_text, DataConfig(path=folder, patterns=["*.txt"], vocab_size=257, sequence_length=8)
+    config.cache_dir, config.heldout_fraction = str(Path(folder) / "cache"), 0.0
+    ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device="cpu")
+    _set_pg_timeout(timedelta(seconds=0.5), dist.group.WORLD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "pack_text", pack_slowly)
+        return job.build_text(config, ParallelConfig(), ranks)[1].num_train_tokens
+
+
+def test_packing_may_take_longer_than_a_collective_waits(rank_pool: Any, tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"text number {number}")
+    first, second = rank_pool.run(text_packed_slowly, 2, str(tmp_path), 1.5)
+    assert first == second > 0
+
+
+def test_on_cuda_a_rank_that_raises_tells_why_and_leaves_without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "_local_rank", testing_jobs.local_rank_as_on_cuda)
+    with pytest.raises(RuntimeError, match=r"^rank 1: give it more$"):
+        run_on_local_ranks(testing_jobs.raise_on_rank_1, "give it more", RUN, 2)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("out of words"), KeyError("a bug"), KeyboardInterrupt()], ids=repr)
+def test_on_cuda_torchrun_destroys_the_group_of_ranks_that_are_done_only(
+    error: BaseException | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    store, seen, at_exit = dist.HashStore(), [], []
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCH_NCCL_HIGH_PRIORITY": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks_module, "_device", lambda name, local_rank: f"cuda:{local_rank}")
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: seen.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.append("destroyed"))
+    monkeypatch.setattr(ranks_module, "atexit", SimpleNamespace(register=at_exit.append))
+    monkeypatch.setattr(ranks_module, "_leave_together", lambda *_: seen.append("all are done"))
+    with pytest.raises(type(error)) if error else contextlib.nullcontext(), torchrun_ranks(RUN) as ranks:
+        assert ranks.device == "cuda:1"
+        if error is not None:
+            raise error
+    if error is None:
+        assert (seen, at_exit) == (["cuda:1", "nccl", "all are done", "destroyed"], [])
+        return
+    assert seen == ["cuda:1", "nccl"]
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    (leave,) = at_exit
+    leave()
+    assert codes == [1]
+
+
+@pytest.mark.parametrize(
+    ("codes", "messages", "answer"),
+    [
+        ((-6, 1), {"error_1": "out of memory"}, "rank 1: out of memory"),
+        ((-6, 1), {}, "rank 1 of 2 ended with exit code 1; what it said stands above"),
+        ((-6, -9), {}, "rank 1 of 2 was ended by signal SIGKILL; the others were stopped"),
+        (
+            (1, -6),
+            {"lost_peer_0": "rank 0: no answer from rank 1"},
+            "rank 1 of 2 was ended by signal SIGABRT; the others",
+        ),
+        ((1, -11), {"error_0": "gone"}, "rank 1 of 2 was ended by signal SIGSEGV; the others were stopped"),
+        ((1, 1), {"lost_peer_0": "rank 0: no answer", "error_1": "too short"}, "rank 1: too short"),
+    ],
+    ids=str,
+)
+def test_who_failed_first(codes: tuple[int, int], messages: dict[str, str], answer: str, tmp_path: Path) -> None:
+    """A peer that raises under NCCL ends as SIGABRT of those who wait for it."""
+    for name, message in messages.items():
+        (tmp_path / name).write_text(message)
+    failed = list(enumerate(codes))
+    for order in (failed, failed[::-1]):
+        assert ranks_module._first_failure(order, str(tmp_path), 2).startswith(answer)
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [ranks_module._device("auto", local_rank) for local_rank in range(2)] == ["cuda:0", "cuda:1"]
+    for name in ("auto", "cuda"):
+        with pytest.raises(ValueError, match=f"^run.device={name}: .* needs cuda:2, but torch sees 2 GPU"):
+            ranks_module._device(name, 2)
+    assert ranks_module._device("cpu", 2) == "cpu"
 
 
 def test_no_ranks() -> None:

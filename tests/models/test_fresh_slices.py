@@ -74,6 +74,18 @@ def test_slices_are_those_of_the_whole(case: str) -> None:
             assert torch.equal(sliced.get_buffer(name), buffer), name
 
 
+def test_no_gpu_is_asked_for_its_random_numbers(monkeypatch: pytest.MonkeyPatch, recwarn: Any) -> None:
+    expected, asked = built("llama").state_dict(), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("get_rng_state", "set_rng_state", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))
+    before = torch.get_rng_state()
+    assert_equal_bits(built("llama").state_dict(), expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert asked == [] and not recwarn.list
+
+
 def test_a_tensor_without_a_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As transformers 5.15 has it, whose routers of ERNIE stay at what their constructor says: zero."""
     base = next(each for each in type(built("ernie4_5_moe")).__mro__ if "_init_weights" in vars(each))

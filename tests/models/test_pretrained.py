@@ -4,13 +4,17 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 import farskip
 from farskip.models import pretrained
@@ -392,6 +396,22 @@ def rank_0_cannot_save(path: str) -> str:
     with pytest.raises((ValueError, RuntimeError)) as caught:
         farskip.save(model, path)
     return str(caught.value)
+
+
+def written_slowly(seconds: float) -> str | None:
+    _set_pg_timeout(timedelta(seconds=0.5), dist.group.WORLD)
+    pretrained._on_first_rank(lambda: time.sleep(seconds))
+    try:
+        pretrained._on_first_rank(lambda: [time.sleep(seconds), sys.exit("interrupted")])
+    except (SystemExit, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def test_writing_may_take_longer_than_a_collective_waits(rank_pool: "RankPool") -> None:
+    first, second = rank_pool.run(written_slowly, 2, 1.0)
+    assert first == "interrupted"
+    assert second == "save: rank 1 stops because rank 0 could not write: SystemExit: interrupted"
 
 
 def test_all_ranks_hear_why_rank_0_cannot_save(tmp_path: Path, rank_pool: "RankPool") -> None:
