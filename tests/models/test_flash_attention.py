@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from farskip.batch import Batch
 from farskip.executor import Executor
 from farskip.models.attach import attach, attachment_of, layers_of
 from farskip.models.family import family_of_model
+from farskip.models.language_model import HFLanguageModel
 from farskip.models.recompute import recompute_stages
 from farskip.models.surgery import rewire, wiring_of
 from farskip.models.testing_families import CASES, FAMILIES, build
@@ -258,6 +260,25 @@ def test_a_kernel_that_knows_sinks_computes_gpt_oss(case: str, flash: Flash) -> 
     found = run_backward(rewire(untouched, "farskip"), ids, use_cache=False)
     equals(found, expected)
     assert len(flash.calls) == 4 and found[1]["model.layers.0.self_attn.sinks"].abs().max() > 0
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama4_text"])
+@torch.no_grad()
+def test_documents_of_a_batch_are_told_apart_once_for_all_layers(family: str, flash: Flash) -> None:
+    """Also in a batch of several sequences, which transformers leaves to its caller."""
+    case, found = CASES[family], []
+    positions = torch.stack([packed_positions()[0], torch.arange(3, 15)])
+    ids = token_ids(2, 12)
+    batch = Batch(input_ids_BS=ids, labels_BS=ids, position_ids_BS=positions)
+    for name in (case.attention, SINK_KERNEL if family == "gpt_oss" else FLASH):
+        model = build(case)
+        model.set_attn_implementation(name)
+        found.append(HFLanguageModel(rewire(model.eval(), "farskip")).hidden(batch))
+    assert_close(found[1], found[0], **LOGITS)
+    (_, first), *others = flash.calls
+    assert first["cu_seqlens_q"].tolist() == [0, 5, 12, 24] and first["max_seqlen_q"] == first["max_seqlen_k"] == 12
+    assert first["cu_seqlens_k"] is first["cu_seqlens_q"] and len(others) == 3
+    assert all(each["cu_seqlens_q"] is first["cu_seqlens_q"] for _, each in others), "one tensor, made once"
 
 
 @pytest.mark.parametrize(

@@ -32,29 +32,6 @@ def test_head_of_hidden_is_the_logits_of_each_document_alone(family: str, wiring
     assert (logits_BSV - expected_BSV).abs().max() <= 5e-5 * max(1.0, float(expected_BSV.abs().max()))
 
 
-class FlashConfig:
-    """The name alone: flash attention is not installed on this machine."""
-
-    def __init__(self, config: Any, name: str) -> None:
-        self._config, self._attn_implementation = config, name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
-
-
-@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "farskip_flash_attention_2"])
-def test_flash_attention_across_documents_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("qwen3_moe").eval()
-    ours = HFLanguageModel(model)
-    with monkeypatch.context() as patch:
-        patch.setattr(model, "config", FlashConfig(model.config, name))
-        with pytest.raises(ValueError, match=r"would cross documents in a packed batch of 2 .* set data\.batch_size=1"):
-            ours.hidden(batch(2, packed=True))
-        for allowed in (batch(1, packed=True), batch(2, packed=False)):
-            ours.hidden(allowed)
-    ours.hidden(batch(2, packed=True))
-
-
 class Tokenizer:
     """As much of one as a continuation needs."""
 
