@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from farskip.batch import Batch
+from farskip.models.attach import attachment_of
 from farskip.models.attention_seam import is_flash, original_implementation
 from farskip.models.family import backbone_of, family_of_model
 
@@ -56,7 +57,7 @@ def _bounds(position_ids_BS: torch.Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    """Greedy continuation of a prompt. A collective for a parallel model: every rank has to give the same prompt."""
+    """Greedy continuation of a prompt. A collective over all ranks for a parallel model; they need not end together."""
     was_training = model.training
     model.eval()
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
@@ -66,6 +67,13 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> s
         max_new_tokens=new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.eos_token_id,
+        synced_gpus=_is_spread(model) or None,
     )
     model.train(was_training)
     return str(tokenizer.decode(output[0, ids["input_ids"].shape[1] :]))
+
+
+def _is_spread(model: Any) -> bool:
+    """Whether other ranks need this one's forward passes, also after its own text has come to an end."""
+    attachment = attachment_of(model)
+    return attachment is not None and attachment.mesh is not None and attachment.mesh.size() > 1
