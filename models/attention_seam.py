@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from farskip.models.core_gradients import refuse_lost_gradients
 from farskip.stage import Seam
 
 _PREFIX = "farskip_"
@@ -145,6 +146,9 @@ def _seamed(name: str) -> Callable[..., Any]:
             )
         else:
             output_BSHV, weights = core(seen, query, key, value, attention_mask, **arguments)
+        if is_flash(name) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            inputs = {"query": query, "key": key, "value": value, "sinks": arguments.get("s_aux")}
+            refuse_lost_gradients(name, output_BSHV, inputs, needed=("query", "sinks"))
         after_core = module.__dict__.get(_AFTER_CORE)
         return (output_BSHV if after_core is None else after_core(output_BSHV)), weights
 

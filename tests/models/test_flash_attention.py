@@ -297,6 +297,30 @@ def test_flash_attention_that_computes_another_attention_is_refused(family: str,
     assert attachment_of(model) is None and model.config._attn_implementation == FLASH
 
 
+@pytest.mark.parametrize("lost", ["query", "sinks"])
+def test_a_kernel_that_loses_a_gradient_is_refused_in_training(
+    lost: str, flash: Flash, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As kernels for inference do; where no gradient is wanted, they run."""
+    attend = Flash._attend
+
+    def losing(q: torch.Tensor, *rest: Any, s_aux: torch.Tensor) -> torch.Tensor:
+        return attend(q, *rest, s_aux=s_aux.detach()) if lost == "sinks" else attend(q, *rest, s_aux=s_aux).detach()
+
+    monkeypatch.setattr(Flash, "_attend", staticmethod(losing))
+    model = build(CASES["gpt_oss"])
+    model.set_attn_implementation(SINK_KERNEL)
+    rewire(model, "farskip")
+    with pytest.raises(RuntimeError, match=rf"'{SINK_KERNEL}' computes no gradient of its {lost}: train with"):
+        model(token_ids(1, 5), use_cache=False)
+    with torch.no_grad():
+        model(token_ids(1, 5), use_cache=False)
+    if lost == "sinks":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("sinks" not in name)
+        model(token_ids(1, 5), use_cache=False)
+
+
 @pytest.mark.parametrize("name", ["paged|eager", "paged|sdpa", "nobody/knows", "mine"])
 def test_what_has_no_mask_is_refused(name: str) -> None:
     model = tiny_model("qwen3_moe")
