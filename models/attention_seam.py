@@ -3,7 +3,8 @@
 Every supported attention calls transformers' attention interface exactly once, after its projections. A model under
 farskip uses an implementation named ``farskip_<name>``, which calls the seam of the attention module, if one is set,
 and then the implementation <name> itself. The name is registered for attention and for masks: without the mask entry
-the model would silently run without one.
+the model would silently run without one. An implementation <name> that looks itself up by the name in the module's
+config, as flash attention and the hub's kernels do, finds its own name there: it is called with a view of the module.
 """
 
 import sys
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from farskip.models.core_gradients import refuse_lost_gradients
 from farskip.stage import Seam
 
 _PREFIX = "farskip_"
@@ -80,8 +82,11 @@ def after_core_set(attention: nn.Module, after_core: AfterCore) -> Iterator[None
 def install_seam(model: Any) -> None:
     """Switch a transformers model to the seamed form of the attention implementation it uses.
 
+    The name is set in the config and not by transformers' ``set_attn_implementation``, which would load flash attention
+    by the seamed name, or replace it by a name that it knows.
+
     Raises:
-        ValueError: its implementation is unknown to transformers' interfaces.
+        ValueError: its implementation is unknown to transformers' interfaces, or one that this model does not go with.
     """
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
@@ -90,9 +95,22 @@ def install_seam(model: Any) -> None:
     functions, masks = AttentionInterface(), AttentionMaskInterface()
     if name not in masks or (name != "eager" and name not in functions):
         raise ValueError(f"attention implementation {name!r} has no place for the seam; use sdpa or eager")
+    # transformers refuses or replaces these while it loads; a config that was changed by hand has got past it. They
+    # would run, and leave out the attention sinks of GPT-OSS or the chunks of Llama-4 without a word.
+    known = model._compatible_flash_implementations
+    if is_flash(name) and not (model._supports_flash_attn and name in (known or [name])):
+        raise ValueError(
+            f"attention implementation {name!r} does not compute the attention of {type(model).__name__}; load it with "
+            f"one of {', '.join(['eager', *(known or ['sdpa'])])}"
+        )
     AttentionInterface.register(_PREFIX + name, _seamed(name))
     AttentionMaskInterface.register(_PREFIX + name, masks[name])
-    model.set_attn_implementation(_PREFIX + name)
+    model.config._attn_implementation = _PREFIX + name
+
+
+def is_flash(name: str) -> bool:
+    """Whether transformers takes an implementation of this name for flash attention: its mask is None or [B, S]."""
+    return "flash" in name
 
 
 def original_implementation(model: Any) -> str:
@@ -120,16 +138,31 @@ def _seamed(name: str) -> Callable[..., Any]:
             call = outside_graphs if torch.compiler.is_compiling() else _call
             query, key, value = call(seam, query, key, value)
         core = AttentionInterface().get_interface(name, _eager_of(module))
+        # The config itself keeps the seamed name: autograd's threads may recompute one attention while another runs.
+        seen = _View(module, config=_View(module.config, _attn_implementation=name))
         if _RECOMPUTE in module.__dict__ and torch.is_grad_enabled():
             output_BSHV, weights = checkpoint(
-                core, module, query, key, value, attention_mask, use_reentrant=False, **arguments
+                core, seen, query, key, value, attention_mask, use_reentrant=False, **arguments
             )
         else:
-            output_BSHV, weights = core(module, query, key, value, attention_mask, **arguments)
+            output_BSHV, weights = core(seen, query, key, value, attention_mask, **arguments)
+        if is_flash(name) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            inputs = {"query": query, "key": key, "value": value, "sinks": arguments.get("s_aux")}
+            refuse_lost_gradients(name, output_BSHV, inputs, needed=("query", "sinks"))
         after_core = module.__dict__.get(_AFTER_CORE)
         return (output_BSHV if after_core is None else after_core(output_BSHV)), weights
 
     return attention
+
+
+class _View:
+    """Another object, but for some attributes."""
+
+    def __init__(self, viewed: Any, **attributes: Any) -> None:
+        self.__dict__.update(attributes, _viewed=viewed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._viewed, name)
 
 
 def _call(seam: Seam, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

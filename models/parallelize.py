@@ -98,7 +98,8 @@ def parallelize(
         already_cut: the parameters are this rank's slices already, as `farskip.load` reads them.
 
     Returns:
-        The same model, whose routed experts and projections now are this rank's slices.
+        The same model, whose routed experts and projections now are this rank's slices. Its ``generate`` wants
+        ``synced_gpus=True`` on all ranks where their texts may end at different lengths.
 
     Raises:
         ValueError: unknown family, experts that ``ep`` does not divide, heads or widths that ``tp`` does not divide, a

@@ -1,14 +1,20 @@
 """A transformers model as the training loop sees it: hidden states inside documents, the head, greedy continuation."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from farskip.batch import Batch
 from farskip.models.language_model import HFLanguageModel, continue_text
+from farskip.models.parallelize import parallelize
 from farskip.models.surgery import rewire
 from farskip.models.testing_models import FAMILIES, VOCABULARY, tiny_model, token_ids
+from farskip.parallel.mesh import build_mesh
+
+if TYPE_CHECKING:
+    from farskip.testing import RankPool
 
 
 def batch(num_sequences: int, *, packed: bool) -> Batch:
@@ -30,29 +36,6 @@ def test_head_of_hidden_is_the_logits_of_each_document_alone(family: str, wiring
         alone = [model(part, use_cache=False).logits for part in packed.input_ids_BS.split([5, 7], dim=1)]
     expected_BSV = torch.cat(alone, dim=1)
     assert (logits_BSV - expected_BSV).abs().max() <= 5e-5 * max(1.0, float(expected_BSV.abs().max()))
-
-
-class FlashConfig:
-    """The name alone: flash attention is not installed on this machine."""
-
-    def __init__(self, config: Any, name: str) -> None:
-        self._config, self._attn_implementation = config, name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
-
-
-@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "farskip_flash_attention_2"])
-def test_flash_attention_across_documents_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("qwen3_moe").eval()
-    ours = HFLanguageModel(model)
-    with monkeypatch.context() as patch:
-        patch.setattr(model, "config", FlashConfig(model.config, name))
-        with pytest.raises(ValueError, match=r"would cross documents in a packed batch of 2 .* set data\.batch_size=1"):
-            ours.hidden(batch(2, packed=True))
-        for allowed in (batch(1, packed=True), batch(2, packed=False)):
-            ours.hidden(allowed)
-    ours.hidden(batch(2, packed=True))
 
 
 class Tokenizer:
@@ -83,3 +66,22 @@ def test_the_continuation_is_greedy(wiring: str) -> None:
             ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     assert written == " ".join(map(str, ids[3:]))
     assert max(ids) < VOCABULARY
+
+
+def continued_to_different_ends() -> int:
+    """Rank 0 meets its end of text at once, rank 1 never. Returns how many tokens this rank has written."""
+    one, prompts = rewire(tiny_model("qwen3_moe"), "farskip"), ("5 6 7", "8 9")
+    free = [continue_text(one, Tokenizer(), prompt, 6).split() for prompt in prompts]
+    end = int(free[0][0])
+    assert len(free[1]) == 6 and str(end) not in free[1]
+    model = parallelize(rewire(tiny_model("qwen3_moe"), "farskip"), build_mesh(2))
+    for each in (one, model):
+        each.generation_config.eos_token_id = end
+    mine = prompts[dist.get_rank()]
+    written = continue_text(model, Tokenizer(), mine, 6)
+    assert written == continue_text(one, Tokenizer(), mine, 6)
+    return len(written.split())
+
+
+def test_a_rank_whose_text_has_ended_goes_on_for_the_others(rank_pool: "RankPool") -> None:
+    assert rank_pool.run(continued_to_different_ends, 2) == [1, 6]
