@@ -35,8 +35,8 @@ from farskip.learning_rate import learning_rate
 from farskip.metrics import StepReport, rank_zero_outputs
 from farskip.optimizer import build_optimizer
 from farskip.shutdown import ShutdownRequest, deadline, peer_errors
-from farskip.training_config import TrainingConfig
-from farskip.training_protocols import Balancer, Communicator, Objective, TrainBatches, TrainingData
+from farskip.training_config import Precision, TrainingConfig
+from farskip.training_protocols import Balancer, Communicator, LossSums, Objective, TrainBatches, TrainingData
 from farskip.training_state import rank_state_to_save, restore_rank_state, tensors_to_fill, tensors_to_save
 
 CHECKPOINTS = "checkpoints"
@@ -183,8 +183,7 @@ def train(
                     # all ranks' micro-batches are of one size, and the auxiliary loss is already a sum over ranks
                     everywhere = communicator.data_size * batch.input_ids_BS.numel()
                     balancer.set_scale(everywhere / counts.num_input_tokens)
-                with autocast(device, config.precision):
-                    loss_sums = objective.loss(batch)
+                loss_sums = trained_loss(objective, batch, device, config.precision)
                 if number == len(micro_batches):
                     communicator.expect_last_backward()
                 (loss_sums.loss / counts.num_loss_tokens).backward()
@@ -267,6 +266,12 @@ def train(
         best_checkpoint=best if best is not None and best.is_dir() else None,
         heldout=heldout,
     )
+
+
+def trained_loss(objective: Objective, batch: Batch, device: torch.device, precision: Precision) -> LossSums:
+    """A batch's loss as a step computes it: what stands in for steps, to measure them, takes it from here."""
+    with autocast(device, precision):
+        return objective.loss(batch)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

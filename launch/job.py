@@ -54,7 +54,7 @@ from farskip.schedule import Schedule
 from farskip.shutdown import ShutdownRequest
 from farskip.simulator import StageTimes, explain
 from farskip.trace import inspect
-from farskip.trainer import CHECKPOINTS, StopReason, TrainResult, train
+from farskip.trainer import CHECKPOINTS, StopReason, TrainResult, train, trained_loss
 from farskip.training_config import Precision, TrainingConfig
 from farskip.training_protocols import Balancer, Communicator, Objective, SingleProcess
 from farskip.training_state import tensors_to_fill
@@ -356,16 +356,20 @@ def measure(
     return result
 
 
-def tune(prepared: Prepared, objective: Objective, data: TextData, parallel: ParallelConfig) -> StageTimes | None:
-    """Choose the schedule by measured stage times; None where there is nothing to choose. A collective."""
+def tune(
+    prepared: Prepared, objective: Objective, data: TextData, parallel: ParallelConfig, precision: Precision
+) -> StageTimes | None:
+    """Choose the schedule by stage times measured in the precision that is trained in; None where there is nothing to
+    choose. A collective."""
     if parallel.warmup_steps < 0:
         raise ValueError(f"parallel.warmup_steps={parallel.warmup_steps} is too small; use 0 for no warm-up")
     if parallel.warmup_steps == 0:
         return None
-    batch = next(data.train_batches()).to(next(prepared.model.parameters()).device)
+    device = next(prepared.model.parameters()).device
+    batch = next(data.train_batches()).to(device)
 
     def step() -> None:
-        objective.loss(batch).loss.backward()
+        trained_loss(objective, batch, device, precision).loss.backward()
         prepared.model.zero_grad(set_to_none=True)
 
     return tune_schedule(prepared.model, step, parallel.warmup_steps)
