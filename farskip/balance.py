@@ -73,7 +73,7 @@ class RouterBalance:
         """See `farskip.executor.RoutingHook`. A collective when the auxiliary loss is on."""
         if not torch.is_grad_enabled():
             return routing
-        local_E = torch.bincount(routing.experts_TK.reshape(-1), minlength=self._num_experts)
+        local_E = _counts(routing.experts_TK, self._num_experts)
         if not recomputing:
             self._counts[layer] = self._counts.get(layer, torch.zeros_like(local_E)) + local_E
         if not self._aux_coefficient:
@@ -120,6 +120,12 @@ class RouterBalance:
         num_tokens = counts_E.sum() / top_k
         factor_E = (self._num_experts * self._aux_coefficient / (top_k * num_tokens.square())) * counts_E
         return (factor_E.float() * probabilities_TE.sum(dim=0)).sum()
+
+
+def _counts(experts_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How often each expert was chosen, int64 [E]. Not by bincount, for whose size on CUDA the host waits."""
+    chosen_R = experts_TK.reshape(-1).long()
+    return chosen_R.new_zeros(num_experts).scatter_add_(0, chosen_R, torch.ones_like(chosen_R))
 
 
 class _AddLoss(torch.autograd.Function):

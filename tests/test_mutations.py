@@ -61,6 +61,7 @@ ROWS_GRADIENT = "farskip/test_rows_gradient.py"
 STREAM_KERNELS = "models/test_stream_kernels.py"
 SCHEDULE = "farskip/test_schedule.py"
 BALANCE = "farskip/test_balance.py"
+HOST_WAITS = "models/test_host_waits.py"
 PENDING = "farskip/test_pending.py"
 SIMULATOR = "farskip/test_simulator.py"
 RACES = "parallel/test_races.py"
@@ -1339,6 +1340,13 @@ MUTATIONS = [
         "if not recomputing:\n        self._counts",
         "if True:\n        self._counts",
         Catch(BALANCE, "test_a_recomputation_counts_nothing_again"),
+    ),
+    Mutation(
+        "the host waits for how often experts were chosen",
+        _CORE + "balance:RouterBalance.__call__",
+        "_counts(routing.experts_TK, self._num_experts)",
+        "torch.bincount(routing.experts_TK.reshape(-1), minlength=self._num_experts)",
+        Catch(HOST_WAITS, "test_on_one_rank", ("deepseek_v3", "farskip", True)),
     ),
     Mutation(
         "the bias moves the wrong way",
