@@ -236,7 +236,7 @@ def prepare(
             aux_coefficient=balance.aux_coefficient,
             bias_rate=balance.bias_rate,
             # Over processes: under tensor parallelism each of them routes its share of the same tokens.
-            sum_over_ranks=communicator.sum_over_processes,
+            launch_sum=communicator.launch_sum_over_processes,
         )
         if mesh is not None and dispatcher is not None and dispatcher.capacity is not None:
             balancer = DroppedRows(dispatcher, balancer, communicator.sum_over_processes, device=ranks.device)

@@ -1413,9 +1413,23 @@ MUTATIONS = [
     Mutation(
         "the auxiliary loss sees one rank only",
         _CORE + "balance:RouterBalance.__call__",
-        "self._sum(local_E.double())",
-        "local_E.double()",
+        "self._launch_sum(local_E.double())",
+        "Pending(local_E.double(), None)",
         Catch(BALANCE, "one_step_on_ranks", (2, "overlapped"), 2),
+    ),
+    Mutation(
+        "the auxiliary loss does not wait for the counts of all ranks",
+        _CORE + "balance:_LossPart.factor_E",
+        "self.counts.wait()",
+        "self.counts.unfilled",
+        Catch(BALANCE, "test_the_counts_of_all_ranks_are_on_their_way_until_backward"),
+    ),
+    Mutation(
+        "a recomputation sums the counts of all ranks again",
+        _CORE + "balance:RouterBalance.__call__",
+        "if not recomputing:\n        part =",
+        "if True:\n        part =",
+        Catch(BALANCE, "test_the_counts_of_all_ranks_are_on_their_way_until_backward"),
     ),
     Mutation(
         "the emulated wire is free",

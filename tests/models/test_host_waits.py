@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from farskip.balance import LaunchSum
 from farskip.executor import Executor
 from farskip.models.attach import attach, attachment_of, layers_of
 from farskip.models.balancing import balance_model
@@ -17,6 +18,7 @@ from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.mesh import build_mesh
 from farskip.parallel.testing_links import FakeLink
 from farskip.testing import no_host_waits
+from farskip.training_protocols import SingleProcess
 
 if TYPE_CHECKING:
     from farskip.testing import RankPool
@@ -32,11 +34,11 @@ def without_waits(method: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def balanced_step(model: Any, sum_over_ranks: Any, *, recompute: bool) -> None:
+def balanced_step(model: Any, launch_sum: LaunchSum, *, recompute: bool) -> None:
     """A training step whose layers, gradients included, must not make the host wait. transformers' masks may."""
     attachment = attachment_of(model)
     assert attachment is not None
-    balancer = balance_model(model, aux_coefficient=0.5, bias_rate=0.0, sum_over_ranks=sum_over_ranks)
+    balancer = balance_model(model, aux_coefficient=0.5, bias_rate=0.0, launch_sum=launch_sum)
     assert balancer is not None
     balancer.set_scale(0.5)
     if recompute:
@@ -57,12 +59,12 @@ def balanced_step(model: Any, sum_over_ranks: Any, *, recompute: bool) -> None:
 def test_on_one_rank(family: str, wiring: str, recompute: bool) -> None:
     """As `farskip.rewire` leaves a model, and with rows that travel."""
     model = rewire(tiny_model(family), wiring)
-    balanced_step(model, lambda tensor: tensor, recompute=recompute)
+    balanced_step(model, SingleProcess(model).launch_sum_over_processes, recompute=recompute)
     known = family_of_model(model)
     dispatcher = AllToAllDispatcher(FakeLink(), NUM_EXPERTS, capacity=3)
     blocks = [known.sub_blocks(layer) for layer in layers_of(model)]
     attach(model, Executor(blocks, wiring_of(model), dispatcher=dispatcher))
-    balanced_step(model, lambda tensor: tensor, recompute=recompute)
+    balanced_step(model, SingleProcess(model).launch_sum_over_processes, recompute=recompute)
 
 
 def steps_on_ranks(wirings: tuple[str, ...], chunks: int) -> None:
@@ -70,7 +72,7 @@ def steps_on_ranks(wirings: tuple[str, ...], chunks: int) -> None:
     for wiring in wirings:
         model = parallelize(rewire(tiny_model("deepseek_v3"), wiring), mesh, chunks=chunks, capacity=3)
         ranks = DataParallel(mesh, dict(model.named_parameters()))
-        balanced_step(model, ranks.sum_over_processes, recompute=True)
+        balanced_step(model, ranks.launch_sum_over_processes, recompute=True)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
