@@ -37,7 +37,8 @@ in the lane that formed the value, in program order, so lanes change no bit.
 A segment that is recomputed runs again inside backward, on the stream of whatever node first wants something of it,
 perhaps the side stream. `at` brings it back to the stream of its forward pass and makes that node's stream wait for it.
 
-Nobody but the executor and this file enters streams, except links, which have their own.
+Nobody but the executor and this file enters streams, except links, and what brings counts to the host
+(`farskip.parallel.host_counts`), which have their own.
 """
 
 import dataclasses

@@ -25,6 +25,7 @@ __all__ = [
     "assert_close",
     "assert_equal_bits",
     "load_beside",
+    "no_host_waits",
     "pairwise",
     "poison_empty",
     "run_ranks",
@@ -32,6 +33,18 @@ __all__ = [
 
 _EMPTY = frozenset({"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"})
 """Operators that return memory as it happens to be."""
+
+_HOST_READS = frozenset(
+    {
+        *("_local_scalar_dense", "equal", "is_nonzero"),  # a value: .item(), bool(), .tolist() of one, allclose
+        *("bincount", "masked_select", "nonzero", "_unique2", "unique_consecutive", "unique_dim"),  # a size
+        "lift_fresh",  # a tensor of Python numbers: a copy from the host, behind which it waits
+    }
+)
+"""Operators for which the host waits on CUDA: for a value, or because the result's size depends on one."""
+
+_HOST_COPIES = ("cpu", "numpy", "tolist")
+"""Methods that bring a whole tensor to the host. On CPU they call no operator."""
 
 
 def assert_close(
@@ -128,6 +141,49 @@ class _Poison(TorchDispatchMode):
         if func.namespace == "aten" and func.overloadpacket.__name__ in _EMPTY:
             result.fill_(_poison_value(result.dtype))
         return result
+
+
+@contextmanager
+def no_host_waits() -> Iterator[None]:
+    """On CPU, refuses inside the block what would make the host wait for the device on CUDA: that a value is read, that
+    a size depends on one, that a tensor is made of Python numbers. Backward passes inside it are covered as well.
+
+    Raises:
+        AssertionError: naming the operator or method, from where it was called.
+
+    Note:
+        Not seen: what an operator does inside C++, and ``.to("cpu")``, which here is no copy.
+    """
+
+    def refused(name: str) -> Any:
+        def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError(f"Tensor.{name}: the host waits for the device")
+
+        return method
+
+    for name in _HOST_COPIES:
+        setattr(torch.Tensor, name, refused(name))  # hides the one that it inherits
+    try:
+        with _NoHostReads():
+            yield
+    finally:
+        for name in _HOST_COPIES:
+            delattr(torch.Tensor, name)
+
+
+class _NoHostReads(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, keywords = func.overloadpacket.__name__, kwargs or {}
+        waits = name in _HOST_READS
+        if name == "repeat_interleave":
+            waits = isinstance(args[-1], torch.Tensor) and keywords.get("output_size") is None
+        elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            waits = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        if waits and func.namespace == "aten":
+            raise AssertionError(f"{func}: the host waits for the device")
+        return func(*args, **keywords)
 
 
 def _poison_value(dtype: torch.dtype) -> float | int | bool:

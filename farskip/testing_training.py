@@ -19,6 +19,7 @@ from torch import Tensor
 from farskip.batch import IGNORED_LABEL, Batch
 from farskip.metrics import METRICS_FILE
 from farskip.objectives import DistillationObjective, PretrainObjective
+from farskip.pending import Pending
 from farskip.trainer import TrainResult, train
 from farskip.training_config import CheckpointConfig, HeldoutConfig, OptimizerConfig, TrainingConfig
 from farskip.training_protocols import Communicator, Objective, SingleProcess
@@ -196,6 +197,10 @@ class ReplicatedRanks:
         """In place."""
         dist.all_reduce(tensor)
         return tensor
+
+    def launch_sum_over_processes(self, tensor: Tensor) -> Pending:
+        """In place."""
+        return Pending(tensor, dist.all_reduce(tensor, async_op=True))
 
     def any(self, flag: bool) -> bool:
         """True if any rank says True."""

@@ -35,8 +35,8 @@ from farskip.learning_rate import learning_rate
 from farskip.metrics import StepReport, rank_zero_outputs
 from farskip.optimizer import build_optimizer
 from farskip.shutdown import ShutdownRequest, deadline, peer_errors
-from farskip.training_config import TrainingConfig
-from farskip.training_protocols import Balancer, Communicator, Objective, TrainBatches, TrainingData
+from farskip.training_config import Precision, TrainingConfig
+from farskip.training_protocols import Balancer, Communicator, LossSums, Objective, TrainBatches, TrainingData
 from farskip.training_state import rank_state_to_save, restore_rank_state, tensors_to_fill, tensors_to_save
 
 CHECKPOINTS = "checkpoints"
@@ -115,7 +115,11 @@ def train(
         NonFiniteError: with step, rank and value; weights are not updated, checkpoints stay as they are.
         RuntimeError: a rank died or is late, or a checkpoint could not be written.
 
-    Note: synchronizes the host with the device once per step, to look at loss and gradient norm.
+    Note: the host waits for the device where ranks agree (before the first forward pass, on their numbers of positions;
+        before the update, on loss and gradient norm), behind the update for the balancer's metrics and the time that
+        compute stood still, and per micro-batch in front of the forward pass for the positions that have a label, when
+        distilling once more in front of backward for their number. What a model's own forward pass waits for comes on
+        top (docs/training.md).
     """
     config.check()
     module, rank = objective.model.module, communicator.rank
@@ -165,8 +169,8 @@ def train(
             started_s = time.perf_counter()
             # What evaluation, checkpoint and callbacks waited for is not this step's.
             communicator.exposed_communication_s()
-            micro_batches = _fetch(batches, config.accumulation, device)
-            counts = _agree_on_counts(objective, micro_batches, config.accumulation, communicator, device)
+            micro_batches, num_loss_tokens = _fetch(objective, batches, config.accumulation, device)
+            counts = _agree_on_counts(num_loss_tokens, micro_batches, config.accumulation, communicator, device)
             if counts is None:
                 reason = StopReason.data_used_up
                 break
@@ -186,8 +190,7 @@ def train(
                     # all ranks' micro-batches are of one size, and the auxiliary loss is already a sum over ranks
                     everywhere = communicator.data_size * batch.input_ids_BS.numel()
                     balancer.set_scale(everywhere / counts.num_input_tokens)
-                with autocast(device, config.precision):
-                    loss_sums = objective.loss(batch)
+                loss_sums = trained_loss(objective, batch, device, config.precision)
                 if number == len(micro_batches):
                     communicator.expect_last_backward()
                 (loss_sums.loss / counts.num_loss_tokens).backward()
@@ -272,6 +275,12 @@ def train(
     )
 
 
+def trained_loss(objective: Objective, batch: Batch, device: torch.device, precision: Precision) -> LossSums:
+    """A batch's loss as a step computes it: what stands in for steps, to measure them, takes it from here."""
+    with autocast(device, precision):
+        return objective.loss(batch)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Counts:
     num_loss_tokens: int
@@ -326,19 +335,23 @@ class _Sums:
         )
 
 
-def _fetch(batches: TrainBatches, accumulation: int, device: torch.device) -> list[Batch]:
-    """The micro-batches of one step; fewer when the data is used up."""
+def _fetch(
+    objective: Objective, batches: TrainBatches, accumulation: int, device: torch.device
+) -> tuple[list[Batch], int]:
+    """The micro-batches of one step, fewer when the data is used up, and how many of their positions count in the loss:
+    counted before they move to the device, for which the host would have to wait."""
     fetched: list[Batch] = []
     for _ in range(accumulation):
         batch = next(batches, None)
         if batch is None:
             break
         fetched.append(batch)
-    return fetched if device.type == "cpu" else [batch.to(device) for batch in fetched]
+    num_loss_tokens = sum(objective.num_tokens(batch) for batch in fetched)
+    return fetched if device.type == "cpu" else [batch.to(device) for batch in fetched], num_loss_tokens
 
 
 def _agree_on_counts(
-    objective: Objective,
+    num_loss_tokens: int,
     micro_batches: list[Batch],
     accumulation: int,
     communicator: Communicator,
@@ -346,7 +359,7 @@ def _agree_on_counts(
 ) -> _Counts | None:
     """Positions in the loss and input tokens of the step, all ranks; None when a rank has no full step of data left."""
     own = [
-        float(sum(objective.num_tokens(batch) for batch in micro_batches)),
+        float(num_loss_tokens),
         float(sum(batch.input_ids_BS.numel() for batch in micro_batches)),
         float(len(micro_batches) < accumulation),
     ]

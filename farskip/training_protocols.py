@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from farskip.batch import Batch
+from farskip.pending import Pending
 
 
 class LanguageModel(Protocol):
@@ -92,6 +93,10 @@ class Communicator(Protocol):
 
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, equal on all of them. The argument may be overwritten."""
+        ...
+
+    def launch_sum_over_processes(self, tensor: Tensor) -> Pending:
+        """Start the sum over all processes, in place; what waiting for it takes is counted as exposed."""
         ...
 
     def any(self, flag: bool) -> bool:
@@ -220,6 +225,10 @@ class SingleProcess:
 
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def launch_sum_over_processes(self, tensor: Tensor) -> Pending:
+        """The tensor: nothing to add."""
+        return Pending(tensor, None)
 
     def any(self, flag: bool) -> bool:
         return flag

@@ -112,7 +112,7 @@ def distill(ranks: Ranks, config: DistillConfig, *, prompt: str = "", new_tokens
         positions=config.training.distilled_positions,
         chunk_tokens=config.training.loss_chunk_tokens,
     )
-    times = job.tune(prepared, objective, data, config.parallel)
+    times = job.tune(prepared, objective, data, config.parallel, precision)
     result = job.run_training(
         prepared,
         objective,

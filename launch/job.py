@@ -56,7 +56,7 @@ from farskip.schedule import Schedule
 from farskip.shutdown import ShutdownRequest
 from farskip.simulator import StageTimes, explain
 from farskip.trace import inspect
-from farskip.trainer import CHECKPOINTS, StopReason, TrainResult, train
+from farskip.trainer import CHECKPOINTS, StopReason, TrainResult, train, trained_loss
 from farskip.training_config import Precision, TrainingConfig
 from farskip.training_protocols import Balancer, Communicator, Objective, SingleProcess
 from farskip.training_state import tensors_to_fill
@@ -275,7 +275,7 @@ def prepare(
             aux_coefficient=balance.aux_coefficient,
             bias_rate=balance.bias_rate,
             # Over processes: under tensor parallelism each of them routes its share of the same tokens.
-            sum_over_ranks=communicator.sum_over_processes,
+            launch_sum=communicator.launch_sum_over_processes,
         )
         if mesh is not None and dispatcher is not None and dispatcher.capacity is not None:
             balancer = DroppedRows(dispatcher, balancer, communicator.sum_over_processes, device=ranks.device)
@@ -400,16 +400,20 @@ def measure(
     return result
 
 
-def tune(prepared: Prepared, objective: Objective, data: TextData, parallel: ParallelConfig) -> StageTimes | None:
-    """Choose the schedule by measured stage times; None where there is nothing to choose. A collective."""
+def tune(
+    prepared: Prepared, objective: Objective, data: TextData, parallel: ParallelConfig, precision: Precision
+) -> StageTimes | None:
+    """Choose the schedule by stage times measured in the precision that is trained in; None where there is nothing to
+    choose. A collective."""
     if parallel.warmup_steps < 0:
         raise ValueError(f"parallel.warmup_steps={parallel.warmup_steps} is too small; use 0 for no warm-up")
     if parallel.warmup_steps == 0:
         return None
-    batch = next(data.train_batches()).to(next(prepared.model.parameters()).device)
+    device = next(prepared.model.parameters()).device
+    batch = next(data.train_batches()).to(device)
 
     def step() -> None:
-        objective.loss(batch).loss.backward()
+        trained_loss(objective, batch, device, precision).loss.backward()
         prepared.model.zero_grad(set_to_none=True)
 
     return tune_schedule(prepared.model, step, parallel.warmup_steps)

@@ -53,7 +53,7 @@ def pretrain(ranks: Ranks, config: PretrainConfig) -> bool:
     precision = config.training.precision
     prepared = job.prepare(model, config.parallel, config.balance, ranks, mesh, precision=precision)
     objective = PretrainObjective(prepared.language_model, chunk_tokens=config.training.loss_chunk_tokens)
-    times = job.tune(prepared, objective, data, config.parallel)
+    times = job.tune(prepared, objective, data, config.parallel, precision)
     result = job.run_training(
         prepared,
         objective,

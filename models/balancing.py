@@ -1,11 +1,11 @@
 """Load balancing attached to a model: its executor's routing hook, with the family's score function and biases."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from farskip.balance import RouterBalance, SumOverRanks
+from farskip.balance import LaunchSum, RouterBalance
 from farskip.models.attach import attachment_of, layers_of
 from farskip.models.family import family_of_model
 from farskip.parallel.dispatcher import AllToAllDispatcher
@@ -13,7 +13,7 @@ from farskip.training_protocols import Balancer
 
 
 def balance_model(
-    model: Any, *, aux_coefficient: float, bias_rate: float, sum_over_ranks: SumOverRanks
+    model: Any, *, aux_coefficient: float, bias_rate: float, launch_sum: LaunchSum
 ) -> RouterBalance | None:
     """Attach load balancing to a rewired or parallel model.
 
@@ -21,7 +21,7 @@ def balance_model(
         model: a model that farskip is attached to.
         aux_coefficient: weight of the auxiliary loss; 0: off.
         bias_rate: step of the bias update; 0: off.
-        sum_over_ranks: sums a tensor over all ranks.
+        launch_sum: starts summing a tensor over all ranks, in place.
 
     Returns:
         The balancer; None when both are off.
@@ -45,7 +45,7 @@ def balance_model(
         bias_rate=bias_rate,
         biases={layer: bias for layer, bias in biases.items() if bias is not None},
         score=family.score,
-        sum_over_ranks=sum_over_ranks,
+        launch_sum=launch_sum,
     )
     attachment.executor.routing_hook = balance
     return balance
@@ -65,7 +65,7 @@ class DroppedRows:
         self,
         dispatcher: AllToAllDispatcher,
         balancer: Balancer | None,
-        sum_over_ranks: SumOverRanks,
+        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
         *,
         device: str | torch.device = "cpu",
     ) -> None:

@@ -25,6 +25,7 @@ from farskip.parallel.mesh import DATA_AXIS, EP_AXIS, REPLICA_AXIS, TP_AXIS, axe
 from farskip.parallel.optimizer_shares import OptimizerShares, Slices
 from farskip.parallel.tensor_parallel import TensorLayout
 from farskip.parallel.together import barrier
+from farskip.pending import Pending
 from farskip.wait_meter import WaitMeter
 
 
@@ -126,6 +127,10 @@ class DataParallel:
         """Sum over all ranks, in place."""
         dist.all_reduce(tensor)
         return tensor
+
+    def launch_sum_over_processes(self, tensor: torch.Tensor) -> Pending:
+        """Start the sum over all ranks, in place."""
+        return Pending(tensor, dist.all_reduce(tensor, async_op=True), meter=self._meter)
 
     def any(self, flag: bool) -> bool:
         """True on every rank if any rank says True."""

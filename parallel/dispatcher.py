@@ -16,7 +16,7 @@ Under autocast rows travel in its dtype, to which the experts would round them w
 Legend: B batch, S sequence, D hidden, T = B*S tokens, K experts per token, E experts, W ranks, R rows on this rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,7 @@ import torch
 
 from farskip.parallel.collectives import AllToAll, Link
 from farskip.parallel.degrees import check_experts
+from farskip.parallel.host_counts import HostCounts, make_host_counts
 from farskip.rows import even_sizes, product_dtype
 from farskip.rows_gradient import RowsGradient
 from farskip.stage import DispatchPlan, RoutedRows, Routing, WeightOn
@@ -31,6 +32,7 @@ from farskip.triton_kernels.backend import choose_backend
 from farskip.triton_kernels.dispatch_map import DispatchMap, dispatch_map
 from farskip.triton_kernels.permute import permute, permute_weights
 from farskip.triton_kernels.unpermute import unpermute
+from farskip.wait_meter import WaitMeter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +75,8 @@ class AllToAllDispatcher:
         self.chunks = chunks
         self.capacity = capacity
         self.backend = backend
+        self.make_host_counts: Callable[[torch.device, WaitMeter], HostCounts] = make_host_counts
+        self._host_counts_on: dict[torch.device, HostCounts] = {}
         self._dropped: torch.Tensor | None = None
         self._num_slots = 0
 
@@ -103,8 +107,8 @@ class AllToAllDispatcher:
         Returns:
             Per chunk: rows in the order of their experts, and the plan. [T*K, D], or [E * capacity, D].
 
-        Note: without a capacity, exchanges E counts per chunk and synchronizes the host, because split sizes are host
-        integers. The rows are copied while the counts travel.
+        Note: without a capacity, exchanges E counts per chunk and the host waits for them, once, because split sizes
+        are host integers. The rows are copied while the counts travel.
         """
         tokens_TD = normed_BSD.reshape(-1, normed_BSD.shape[-1])
         sizes = even_sizes(tokens_TD.shape[0], self.chunks)
@@ -119,10 +123,11 @@ class AllToAllDispatcher:
         # counts of all chunks at once, [W, C * E / W]: as row r, those of the experts on rank r
         sent_CWE = torch.stack([one.counts for one in maps]).view(self.chunks, self.link.size, -1).long()
         sent_W = sent_CWE.transpose(0, 1).reshape(self.link.size, -1).contiguous()
-        pending = self.link.exchange_counts(sent_W)
+        exchanged = self.link.exchange_counts(sent_W)
+        under_way = self._host_counts(sent_W.device).begin(exchanged, partial(_split_sizes, sent_W, self.chunks))
         rows = self._permute(maps, tokens_TD, routing, sizes, gradient)
-        received_CWE = pending.wait().view(self.link.size, self.chunks, -1).transpose(0, 1)
-        input_splits, output_splits = sent_CWE.sum(2).tolist(), received_CWE.sum(2).tolist()
+        received_W, (input_splits, output_splits) = under_way.read()
+        received_CWE = received_W.view(self.link.size, self.chunks, -1).transpose(0, 1)
         return [
             (chunk_RD, self._exact_plan(one, received_CWE[chunk], input_splits[chunk], output_splits[chunk]))
             for chunk, (chunk_RD, one) in enumerate(rows)
@@ -159,6 +164,11 @@ class AllToAllDispatcher:
         assert isinstance(plan, RowsPlan)
         weights_TK = routing.weights_TK if routing.weight_on is WeightOn.OUTPUT else None
         return RoutedRows(rows_RD=rows_RD, dispatch=plan.dispatch, weights_TK=weights_TK)
+
+    def _host_counts(self, device: torch.device) -> HostCounts:
+        if device not in self._host_counts_on:
+            self._host_counts_on[device] = self.make_host_counts(device, self.link.meter)
+        return self._host_counts_on[device]
 
     def _permute(
         self,
@@ -240,3 +250,9 @@ class AllToAllDispatcher:
             dst=dst_TK,
             src=src_R.to(dispatch.src.dtype),
         )
+
+
+def _split_sizes(sent_W: torch.Tensor, chunks: int, received_W: torch.Tensor) -> torch.Tensor:
+    """How many rows go to each rank and come from it, [2, chunks, W], of counts [W, chunks * E / W]."""
+    size = sent_W.shape[0]
+    return torch.stack([sent_W, received_W]).view(2, size, chunks, -1).sum(3).transpose(1, 2)

@@ -61,6 +61,8 @@ ROWS_GRADIENT = "farskip/test_rows_gradient.py"
 STREAM_KERNELS = "models/test_stream_kernels.py"
 SCHEDULE = "farskip/test_schedule.py"
 BALANCE = "farskip/test_balance.py"
+HOST_COUNTS = "parallel/test_host_counts.py"
+HOST_WAITS = "models/test_host_waits.py"
 PENDING = "farskip/test_pending.py"
 SIMULATOR = "farskip/test_simulator.py"
 RACES = "parallel/test_races.py"
@@ -84,6 +86,9 @@ TENSOR_LINKS = "parallel/test_tensor_parallel.py"
 LANES = "farskip/test_lanes.py"
 SIDE_STREAM = "farskip/test_side_stream.py"
 MEGATRON = "models/test_megatron.py"
+
+
+ON_STREAMS = Catch(HOST_COUNTS, "test_the_host_waits_for_counts_and_not_for_what_compute_was_given_since")
 
 
 def slowest_link(wiring: str = "farskip") -> Catch:
@@ -812,10 +817,61 @@ MUTATIONS = [
     ),
     Mutation(
         "counts are read before they have arrived",
-        _PARALLEL + "dispatcher:AllToAllDispatcher.prepare",
-        "pending.wait()",
-        "pending.unfilled",
+        _PARALLEL + "host_counts:_OnCpu.read",
+        "self._received.wait()",
+        "self._received.unfilled",
         slowest_link(),
+    ),
+    Mutation(
+        "the host waits for counts before the rows are copied",
+        _PARALLEL + "dispatcher:AllToAllDispatcher.prepare",
+        "rows = self._permute(maps, tokens_TD, routing, sizes, gradient)\n"
+        "    received_W, (input_splits, output_splits) = under_way.read()",
+        "received_W, (input_splits, output_splits) = under_way.read()\n"
+        "    rows = self._permute(maps, tokens_TD, routing, sizes, gradient)",
+        Catch(DISPATCHER, "test_one_read_behind_the_copy_of_rows", (2,)),
+    ),
+    Mutation(
+        "the stream of counts does not wait for what they were made of",
+        _PARALLEL + "host_counts:CudaCounts.begin",
+        "self._stream.wait_stream(torch.cuda.current_stream(self._device))",
+        "pass",
+        ON_STREAMS,
+    ),
+    Mutation(
+        "counts come to the host on compute's stream",
+        _PARALLEL + "host_counts:CudaCounts.begin",
+        "with torch.cuda.stream(self._stream):",
+        "if True:",
+        ON_STREAMS,
+    ),
+    Mutation(
+        "the host waits for the copy of counts where it begins",
+        _PARALLEL + "host_counts:CudaCounts.begin",
+        ", non_blocking=True",
+        ", non_blocking=False",
+        ON_STREAMS,
+    ),
+    Mutation(
+        "counts are let go while they are copied",
+        _PARALLEL + "host_counts:CudaCounts.begin",
+        "(sizes, on_device)",
+        "()",
+        ON_STREAMS,
+    ),
+    Mutation(
+        "compute does not wait for the counts it reads",
+        _PARALLEL + "host_counts:_OnCuda.read",
+        "self._meter.timed(lambda: here.wait_event(self._arrived), self._device)",
+        "pass",
+        ON_STREAMS,
+    ),
+    Mutation(
+        "the host does not wait for counts on their way from a device",
+        _PARALLEL + "host_counts:_OnCuda.read",
+        "self._arrived.synchronize()",
+        "pass",
+        ON_STREAMS,
     ),
     Mutation(
         "padding holds rows of the next expert",
@@ -1357,6 +1413,13 @@ MUTATIONS = [
         Catch(BALANCE, "test_a_recomputation_counts_nothing_again"),
     ),
     Mutation(
+        "the host waits for how often experts were chosen",
+        _CORE + "balance:RouterBalance.__call__",
+        "_counts(routing.experts_TK, self._num_experts)",
+        "torch.bincount(routing.experts_TK.reshape(-1), minlength=self._num_experts)",
+        Catch(HOST_WAITS, "test_on_one_rank", ("deepseek_v3", "farskip", True)),
+    ),
+    Mutation(
         "the bias moves the wrong way",
         _CORE + "balance:RouterBalance.update",
         "mean_L1[row] - counts_LE[row]",
@@ -1366,9 +1429,23 @@ MUTATIONS = [
     Mutation(
         "the auxiliary loss sees one rank only",
         _CORE + "balance:RouterBalance.__call__",
-        "self._sum(local_E.double())",
-        "local_E.double()",
+        "self._launch_sum(local_E.double())",
+        "Pending(local_E.double(), None)",
         Catch(BALANCE, "one_step_on_ranks", (2, "overlapped"), 2),
+    ),
+    Mutation(
+        "the auxiliary loss does not wait for the counts of all ranks",
+        _CORE + "balance:_LossPart.factor_E",
+        "self.counts.wait()",
+        "self.counts.unfilled",
+        Catch(BALANCE, "test_the_counts_of_all_ranks_are_on_their_way_until_backward"),
+    ),
+    Mutation(
+        "a recomputation sums the counts of all ranks again",
+        _CORE + "balance:RouterBalance.__call__",
+        "if not recomputing:\n        part =",
+        "if True:\n        part =",
+        Catch(BALANCE, "test_the_counts_of_all_ranks_are_on_their_way_until_backward"),
     ),
     Mutation(
         "the emulated wire is free",

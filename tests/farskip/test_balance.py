@@ -6,13 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from farskip.balance import RouterBalance
+from farskip.balance import LaunchSum, RouterBalance
 from farskip.models.attach import attachment_of
 from farskip.models.parallelize import parallelize
 from farskip.models.surgery import rewire
 from farskip.models.testing_models import gradients, next_token_loss, tiny_model, token_ids
 from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.mesh import build_mesh
+from farskip.parallel.testing_links import poison
+from farskip.pending import Pending
 from farskip.stage import Routing
 from farskip.testing import assert_close, assert_equal_bits
 
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 EXPERTS, TOP_K, COEFFICIENT = 5, 2, 0.3
 
 
+def of_one_rank(tensor: torch.Tensor) -> Pending:
+    """The sum over one rank."""
+    return Pending(tensor, None)
+
+
 def balance(**changes: Any) -> RouterBalance:
     arguments = {
         "num_experts": EXPERTS,
@@ -29,7 +36,7 @@ def balance(**changes: Any) -> RouterBalance:
         "bias_rate": 0.0,
         "biases": {},
         "score": "softmax",
-        "sum_over_ranks": lambda tensor: tensor,
+        "launch_sum": of_one_rank,
     }
     return RouterBalance(**{**arguments, **changes})
 
@@ -98,6 +105,38 @@ def test_evaluation_is_not_counted() -> None:
     assert hook.update() == {}
 
 
+def test_the_counts_of_all_ranks_are_on_their_way_until_backward() -> None:
+    """Forward waits for nothing, a recomputation sends nothing, and the bits are those of counts that are there."""
+    log: list[str] = []
+
+    class Late:
+        def __init__(self, buffer: torch.Tensor) -> None:
+            self.buffer, self.arrives = buffer, buffer.clone()
+            poison(buffer)
+            log.append("launch")
+
+        def wait(self) -> object:
+            log.append("wait")
+            return self.buffer.copy_(self.arrives)
+
+    found = []
+    for launch_sum in (of_one_rank, lambda tensor: Pending(tensor, Late(tensor))):
+        logits_TE = torch.randn(9, EXPERTS, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        hook = balance(launch_sum=launch_sum)
+        hook.set_scale(0.3)
+        routed = hook(0, routing_of(logits_TE), False)
+        assert log in ([], ["launch"])
+        hook(0, routing_of(logits_TE), True)
+        assert log in ([], ["launch"])
+        (routed.weights_TK * 0.0).sum().backward()
+        assert log in ([], ["launch", "wait"])
+        assert logits_TE.grad is not None
+        shown = hook.update()
+        found.append({"gradient": logits_TE.grad, "shown": torch.tensor(shown["balance/aux_loss"])})
+    assert log == ["launch", "wait"] * 3, "the loads and the loss are summed at the end of a step"
+    assert_equal_bits(found[1], found[0])
+
+
 def test_a_recomputation_counts_nothing_again() -> None:
     counts = []
     for recomputing in (False, True):
@@ -131,11 +170,9 @@ def test_a_bias_update_without_a_bias_is_refused() -> None:
 # -- on models --------------------------------------------------------------------------------------------------------
 
 
-def attached(model: Any, sum_over_ranks: Any, **changes: Any) -> RouterBalance:
+def attached(model: Any, launch_sum: LaunchSum, **changes: Any) -> RouterBalance:
     biases = {layer: model.model.layers[layer].mlp.gate.e_score_correction_bias for layer in (1, 2, 3)}
-    hook = balance(
-        num_experts=8, score="sigmoid", bias_rate=0.01, biases=biases, sum_over_ranks=sum_over_ranks, **changes
-    )
+    hook = balance(num_experts=8, score="sigmoid", bias_rate=0.01, biases=biases, launch_sum=launch_sum, **changes)
     attachment = attachment_of(model)
     assert attachment is not None
     attachment.executor.routing_hook = hook
@@ -153,7 +190,7 @@ def test_the_gradient_is_injected_once_under_recomputation(checkpoint_layers: in
     found = []
     for recompute in (False, True):
         model = rewire(tiny_model("deepseek_v3"), "farskip")
-        hook = attached(model, lambda tensor: tensor)
+        hook = attached(model, of_one_rank)
         if recompute:
             model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=lambda *_: None)
             attachment_of(model).checkpoint_layers = checkpoint_layers  # type: ignore[union-attr]
@@ -172,13 +209,13 @@ def one_step_on_ranks(ep: int, mode: str) -> None:
     attachment = attachment_of(model)
     assert attachment is not None
     data_parallel = DataParallel(mesh, dict(model.named_parameters()), sharded=attachment.sharded_experts)
-    hook = attached(model, data_parallel.all_reduce_sum)
+    hook = attached(model, data_parallel.launch_sum_over_processes)
     mine = ids[2 * rank :][:2]
     next_token_loss(model(mine, use_cache=False).logits, mine, 5 * len(ids)).backward()
     data_parallel.reduce_gradients()
     ours, metrics = gradients(model), hook.update()
     one = rewire(tiny_model("deepseek_v3"), "farskip")
-    alone = attached(one, lambda tensor: tensor)
+    alone = attached(one, of_one_rank)
     next_token_loss(one(ids, use_cache=False).logits, ids, 5 * len(ids)).backward()
     expected = {
         name: gradient.chunk(ep)[rank % ep] if name in attachment.sharded_experts else gradient

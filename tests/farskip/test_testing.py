@@ -10,8 +10,10 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from farskip.testing import (
     assert_close,
     assert_equal_bits,
     load_beside,
+    no_host_waits,
     pairwise,
     poison_empty,
     run_ranks,
@@ -167,6 +170,58 @@ def test_poison_reaches_backward_and_ends_with_the_block() -> None:
     plain = torch.zeros(1000)
     del plain
     assert not all(torch.empty(1000).isnan().all() for _ in range(3))
+
+
+# -- waits of the host ----------------------------------------------------------------------------------------------
+
+
+NUMBERS = torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: NUMBERS.max().item(),
+        lambda: bool(NUMBERS.any()),
+        lambda: NUMBERS.tolist(),
+        lambda: NUMBERS.cpu(),
+        lambda: NUMBERS.numpy(),
+        lambda: torch.equal(NUMBERS, NUMBERS),
+        lambda: torch.bincount(NUMBERS, minlength=5),
+        lambda: NUMBERS.nonzero(),
+        lambda: torch.where(NUMBERS > 1),
+        lambda: NUMBERS[NUMBERS > 1],
+        lambda: NUMBERS.masked_select(NUMBERS > 1),
+        lambda: NUMBERS.unique(),
+        lambda: NUMBERS.repeat_interleave(NUMBERS),
+        lambda: torch.tensor([1, 2]),
+    ],
+    ids=lambda read: None,
+)
+def test_what_makes_the_host_wait_is_refused(read: Callable[[], object]) -> None:
+    read()
+    with no_host_waits(), pytest.raises(AssertionError, match="the host waits"):
+        read()
+    read()
+
+
+def test_what_the_host_need_not_wait_for_passes_and_backward_is_watched() -> None:
+    class Reads(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * gradient.sum().item()
+
+    x = torch.ones(4, requires_grad=True)
+    with no_host_waits():
+        rows = x[NUMBERS].repeat_interleave(3).repeat_interleave(torch.full((12,), 2), output_size=24)
+        rows.masked_fill(rows > 1, 0.0).sum().backward()
+        output = Reads.apply(x).sum()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            output.backward()
 
 
 # -- ranks: the functions they run --------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ from farskip.testing_training import (
     TinyData,
     metrics_of,
     tensors_of,
+    tiny_batch,
     tiny_config,
     tiny_objective,
     train_tiny,
 )
-from farskip.trainer import train
+from farskip.trainer import _fetch, train
 from farskip.training_config import (
     Precision,
     TrainingConfig,
@@ -280,3 +281,12 @@ def test_a_bad_config_is_refused_before_anything_is_built(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"training\.num_steps=0"):
         train_tiny(tiny_objective(), tmp_path / "run", TrainingConfig(num_steps=0))
     assert not (tmp_path / "run").exists()
+
+
+def test_positions_are_counted_before_batches_move_to_the_device() -> None:
+    """The meta device has no value that could be read."""
+    for kind in ("pretrain", "distill"):
+        objective = tiny_objective(kind)
+        fetched, num_loss_tokens = _fetch(objective, TinyData(num_batches=3).train_batches(), 2, torch.device("meta"))
+        assert [batch.labels_BS.device.type for batch in fetched] == ["meta", "meta"]
+        assert num_loss_tokens == sum(objective.num_tokens(tiny_batch(seed)) for seed in (0, 1)) > 0

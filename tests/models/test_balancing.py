@@ -25,6 +25,7 @@ from farskip.parallel.data_parallel import DataParallel
 from farskip.parallel.dispatcher import AllToAllDispatcher
 from farskip.parallel.mesh import build_mesh
 from farskip.parallel.testing_links import FakeLink
+from farskip.pending import Pending
 from farskip.testing import assert_close, assert_equal_bits
 from farskip.training_protocols import SingleProcess
 
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
     from farskip.testing import RankPool
 
 
-def alone(tensor: torch.Tensor) -> torch.Tensor:
+def alone(tensor: torch.Tensor) -> Pending:
     """The sum over the ranks of a world of one."""
-    return tensor
+    return Pending(tensor, None)
 
 
 def test_off_is_no_balancer() -> None:
     model = rewire(tiny_model("qwen3_moe"), "ordinary")
-    assert balance_model(model, aux_coefficient=0.0, bias_rate=0.0, sum_over_ranks=alone) is None
+    assert balance_model(model, aux_coefficient=0.0, bias_rate=0.0, launch_sum=alone) is None
     attachment = attachment_of(model)
     assert attachment is not None and attachment.executor.routing_hook is None
 
@@ -52,7 +53,7 @@ def test_the_auxiliary_loss_reaches_every_router_and_is_linear(family: str, wiri
 
     def gradients(coefficient: float) -> dict[str, torch.Tensor]:
         model = rewire(tiny_model(family), wiring)
-        balance_model(model, aux_coefficient=coefficient, bias_rate=0.0, sum_over_ranks=alone)
+        balance_model(model, aux_coefficient=coefficient, bias_rate=0.0, launch_sum=alone)
         return run_backward(model, ids_BS)[1]
 
     plain, once, twice = gradients(0.0), gradients(1.0), gradients(2.0)
@@ -68,7 +69,7 @@ def test_the_auxiliary_loss_reaches_every_router_and_is_linear(family: str, wiri
 
 def test_the_bias_update_moves_the_routers_own_buffers_against_the_load() -> None:
     model = rewire(tiny_model("deepseek_v3"), "farskip")
-    balancer = balance_model(model, aux_coefficient=0.0, bias_rate=0.5, sum_over_ranks=alone)
+    balancer = balance_model(model, aux_coefficient=0.0, bias_rate=0.5, launch_sum=alone)
     assert balancer is not None
     before = {name: b.clone() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
     run_backward(model, token_ids(2, 12))
@@ -87,7 +88,7 @@ def test_the_bias_update_moves_the_routers_own_buffers_against_the_load() -> Non
 
 def test_evaluation_is_not_counted() -> None:
     model = rewire(tiny_model("deepseek_v3"), "farskip")
-    balancer = balance_model(model, aux_coefficient=0.0, bias_rate=0.5, sum_over_ranks=alone)
+    balancer = balance_model(model, aux_coefficient=0.0, bias_rate=0.5, launch_sum=alone)
     assert balancer is not None
     with torch.no_grad():
         model(token_ids(2, 12))
@@ -97,7 +98,7 @@ def test_evaluation_is_not_counted() -> None:
 def test_a_bias_update_needs_a_bias() -> None:
     model = rewire(tiny_model("qwen3_moe"), "farskip")
     with pytest.raises(ValueError, match=r"bias_rate=0\.1: the routers of this model have no selection bias"):
-        balance_model(model, aux_coefficient=0.0, bias_rate=0.1, sum_over_ranks=alone)
+        balance_model(model, aux_coefficient=0.0, bias_rate=0.1, launch_sum=alone)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,7 +106,7 @@ def test_a_model_without_experts(family: str) -> None:
     dense = {"qwen3_moe": {"mlp_only_layers": [0, 1, 2, 3]}, "deepseek_v3": {"first_k_dense_replace": 4}}[family]
     model = rewire(tiny_model(family, **dense), "farskip")
     with pytest.raises(ValueError, match="the model has no routed experts"):
-        balance_model(model, aux_coefficient=0.1, bias_rate=0.0, sum_over_ranks=alone)
+        balance_model(model, aux_coefficient=0.1, bias_rate=0.0, launch_sum=alone)
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 1000])
@@ -118,9 +119,10 @@ def test_what_a_capacity_drops_is_reported(capacity: int) -> None:
         [family.sub_blocks(layer) for layer in layers_of(model)], wiring_of(model), dispatcher=dispatcher
     )
     attach(model, executor)
-    balancer = balance_model(model, aux_coefficient=0.0, bias_rate=0.5, sum_over_ranks=alone)
+    balancer = balance_model(model, aux_coefficient=0.0, bias_rate=0.5, launch_sum=alone)
     assert balancer is not None
-    report = DroppedRows(dispatcher, balancer, alone)
+    sum_alone = SingleProcess(model).sum_over_processes
+    report = DroppedRows(dispatcher, balancer, sum_alone)
     report.set_scale(1.0)
     with torch.no_grad():
         model(token_ids(2, 12))
@@ -131,7 +133,7 @@ def test_what_a_capacity_drops_is_reported(capacity: int) -> None:
     assert metrics["dispatch/dropped_share"] == pytest.approx(dropped / (3 * 2 * 12 * TOP_K))
     assert (dropped > 0) == (capacity < 1000)
     assert "balance/max_load" in metrics
-    assert DroppedRows(dispatcher, None, alone).update() == {"dispatch/dropped_share": 0.0}
+    assert DroppedRows(dispatcher, None, sum_alone).update() == {"dispatch/dropped_share": 0.0}
 
 
 def balanced_step(tp: int, ep: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, float]]:
@@ -144,7 +146,7 @@ def balanced_step(tp: int, ep: int) -> tuple[dict[str, torch.Tensor], dict[str, 
         assert attachment is not None
         parameters, layout = dict(model.named_parameters()), attachment.tensor_layout
         ranks = DataParallel(mesh, parameters, sharded=attachment.sharded_experts, layout=layout)
-    balancer = balance_model(model, aux_coefficient=0.5, bias_rate=0.01, sum_over_ranks=ranks.sum_over_processes)
+    balancer = balance_model(model, aux_coefficient=0.5, bias_rate=0.01, launch_sum=ranks.launch_sum_over_processes)
     assert balancer is not None
     balancer.set_scale(1.0)
     next_token_loss(model(ids, use_cache=False).logits, ids).backward()

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from farskip.async_autograd import InFlight
 from farskip.parallel.collectives import AllToAll, ProcessGroupLink
 from farskip.parallel.dispatcher import AllToAllDispatcher
+from farskip.parallel.host_counts import CountsUnderWay, CpuCounts, Sizes
 from farskip.parallel.testing_links import FakeLink
+from farskip.pending import Pending
 from farskip.stage import Routing
 
 if TYPE_CHECKING:
@@ -138,6 +140,39 @@ def test_the_counts_travel_while_rows_are_copied(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "permute", watched)
     module.AllToAllDispatcher(link, EXPERTS, 2).prepare(torch.zeros(1, 8, WIDTH), routing_of(random_experts(8, 2, 0)))
     assert under_way == [1, 1] and not link.in_flight
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_one_read_behind_the_copy_of_rows(chunks: int) -> None:
+    """The host begins to read before the copy, has done so behind it, and reads nothing else."""
+    import farskip.parallel.dispatcher as module
+
+    link, log = FakeLink(), []
+    copy, to_list = module.permute, torch.Tensor.tolist
+
+    class Watched(CpuCounts):
+        def begin(self, received: Pending, sizes: Sizes) -> CountsUnderWay:
+            log.append("begin")
+            assert len(link.in_flight) == 1
+            return super().begin(received, sizes)
+
+    def copied(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        log.append("copy")
+        return copy(*arguments, **keywords)
+
+    def read(tensor: torch.Tensor) -> Any:
+        log.append("read")
+        return to_list(tensor)
+
+    dispatcher = AllToAllDispatcher(link, EXPERTS, chunks)
+    dispatcher.make_host_counts = lambda device, meter: Watched()
+    experts_TK = random_experts(8, 2, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "permute", copied)
+        patch.setattr(torch.Tensor, "tolist", read)
+        for _ in range(2):
+            dispatcher.prepare(torch.zeros(1, 8, WIDTH), routing_of(experts_TK))
+    assert log == ["begin", *["copy"] * chunks, "read"] * 2
 
 
 def on_ranks(chunks: int, capacity: int | None = None) -> None:
