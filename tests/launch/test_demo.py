@@ -186,5 +186,5 @@ def test_a_gpu_is_left_alone(
     devices: list[str] = []
     monkeypatch.setattr("farskip.launch.demo.run_on_local_ranks", lambda _, __, run, ___: devices.append(run.device))
     for device in ("auto", "cpu"):
-        assert farskip_command(words(workshop, tmp_path / "run", f"run.device={device}"))[0] == 0
+        farskip_command(words(workshop, tmp_path / "run", f"run.device={device}"))
     assert devices == ["cpu", "cpu"]
