@@ -10,6 +10,7 @@ fields of the configuration classes.
 import ast
 import difflib
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ def run_hydra(
             print(help_text(compose([]), intro), end="")
             return 0
         known = _KnownKeys.of(config_class, compose)
-        combinations = _combinations([known.checked(override) for override in words.overrides], words.multirun)
+        checked = [known.checked(override) for override in words.overrides]
+        combinations = [[known.as_text(word) for word in each] for each in _combinations(checked, words.multirun)]
         configs = [_composed(compose, known, overrides) for overrides in combinations]
     if words.show:
         print("---\n".join(_yaml(config) for config in configs), end="")
@@ -227,6 +229,12 @@ class _KnownKeys:
             value = f"'{Path(value).expanduser()}'"
         return f"{'++' if is_free else ''}{key}={value}"
 
+    def as_text(self, override: str) -> str:
+        """A list of numbers is text where the setting is: wiring.layers=[0,2] means wiring.layers='[0,2]'."""
+        key, _, value = override.partition("=")
+        is_list = isinstance(self.defaults.get(key), str) and re.fullmatch(r"\[[\d\s,]*\]", value)
+        return f"{key}='{value}'" if is_list else override
+
     def _unknown(self, key: str, *, has_value: bool) -> str:
         below = [known for known in self.defaults if known.startswith(f"{key}.")]
         if below:
@@ -271,8 +279,9 @@ def _combinations(overrides: Sequence[str], multirun: bool) -> list[list[str]]:
                 f"{override.lstrip('+')}: {reason}; special characters need quotes inside quotes, as 'key=\"a b\"'"
             ) from None
         if parsed[-1].is_sweep_override() and not multirun:
+            key, _, value = override.lstrip("+").partition("=")
             raise ValueError(
-                f"{override.lstrip('+')} has several values: --multirun runs each, a list is written [1,2], "
+                f"{key}={value} has several values: --multirun runs each, a list is written {key}=[{value}], "
                 "and text with a comma needs quotes inside quotes"
             )
     try:

@@ -132,7 +132,7 @@ def load_spread(
         layers: which layers, for a wiring.
         dtype: of the parameters; None for that of the checkpoint.
     """
-    chosen = None if wiring is None else parse_layers(layers)
+    chosen = None if wiring is None else layers
     if mesh is None:
         return load(path, wiring, chosen, dtype, ranks.device)
     return load(path, wiring, chosen, dtype, ranks.device, mesh, **spread(parallel, mesh))
@@ -164,7 +164,7 @@ def build_spread(
         seed=config.seed,
         here=None if mesh is None else places_here(mesh),
     ).to(ranks.device)
-    rewire(model, wiring.name, parse_layers(wiring.layers))
+    rewire(model, wiring.name, wiring.layers)
     return model if mesh is None else parallelize(model, mesh, already_cut=True, **spread(parallel, mesh))
 
 
@@ -264,12 +264,6 @@ def build_link(parallel: ParallelConfig, mesh: DeviceMesh, axis: str) -> Process
         return EmulatedLink(group, bandwidth_gbit_s=config.bandwidth_gbit_s, latency_us=config.latency_us)
     exchanges_rows = axis == EP_AXIS or parallel.sequence_parallel
     return real_link(group) if exchanges_rows else ProcessGroupLink(group)
-
-
-def parse_layers(layers: str) -> str | Sequence[int]:
-    """``all``, ``last:3``, ``first:3``, ``2:5`` as they are; ``0,4,5`` as a list."""
-    parts = [part.strip() for part in layers.strip("[]").split(",")]
-    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else layers
 
 
 def run_training(
@@ -412,7 +406,7 @@ def export(prepared: Prepared, tokenizer: Any, path: Path, ranks: Ranks) -> None
 
 def named_wiring(name: str, layers: str, num_layers: int) -> Wiring:
     """The wiring of a configuration."""
-    return Wiring.named(name, num_layers, parse_layers(layers))
+    return Wiring.named(name, num_layers, layers)
 
 
 def _load_weights(prepared: Prepared, config: TrainingConfig, folder: Path, checkpoint: Path) -> None:

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     model("--top-k", type=int, metavar="K", help="experts per token, for the bytes of collectives")
     wiring = command.add_argument_group("the wirings").add_argument
     wiring("--wirings", default="ordinary,farskip", metavar="NAMES", help="default: ordinary,farskip")
-    wiring("--layers", default="all", metavar="LAYERS", help="that get them: all (default), last:3, 2:5 or [0,4,5]")
+    wiring("--layers", default="all", metavar="LAYERS", help="that get them: all (default), last:3, 2:5, 3 or 0,4,5")
     wiring("--show", metavar="WIRING", help="whose timeline and windows to print (default: the last of --wirings)")
     ranks = command.add_argument_group("the ranks").add_argument
     ranks("--ep", type=int, default=1, metavar="N", help="ranks that share the experts (default: 1)")

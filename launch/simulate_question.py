@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from farskip.launch.config import ParallelConfig
-from farskip.launch.convert import layers_of
 from farskip.launch.simulate_inputs import (
     bandwidth_of,
     given_time,
@@ -126,7 +125,7 @@ def ask(options: argparse.Namespace) -> Question:
         rates=_rates(options, shape, layout),
         setting=Setting(
             blocks=shape.blocks,
-            layers=layers_of(options.layers),
+            layers=options.layers,
             expert_parallel=options.ep > 1,
             tensor_parallel=options.tp > 1,
             sequence_parallel=options.sequence_parallel,

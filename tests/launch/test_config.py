@@ -10,6 +10,7 @@ import pytest
 
 from farskip.launch.config import DemoConfig, DistillConfig, PretrainConfig
 from farskip.launch.hydra_command import documented_keys, run_hydra
+from farskip.wiring import select_layers
 
 CONFIGS = {"pretrain": PretrainConfig, "distill": DistillConfig, "demo": DemoConfig}
 Command = Callable[[list[str]], tuple[int, str, str]]
@@ -99,6 +100,11 @@ WRONG = {
     ),
     "open bracket": ("data.patterns=[a", "data.patterns=[a: "),
     "several values": ("training.num_steps=1,2", "training.num_steps=1,2 has several values: --multirun runs each"),
+    "several layers": (
+        "wiring.layers=0,2",
+        "wiring.layers=0,2 has several values: --multirun runs each, a list is written wiring.layers=[0,2], ",
+    ),
+    "words as layers": ("wiring.layers=[a]", "wiring.layers: Cannot convert 'list' to string"),
     "no such model": ("model=foo", "there is no model=foo; choose demo or qwen3_tiny"),
     "interpolation": ("run.folder=${wiring.nme}", "run.folder: Interpolation key 'wiring.nme' not found"),
     "option": ("--verbose", "there is no option '--verbose'; settings are given as key=value, --help lists them"),
@@ -148,12 +154,15 @@ def test_values_of_every_kind() -> None:
     assert config.wiring.layers == "0,2"
 
 
-def test_a_list_of_layers_needs_no_quotes() -> None:
-    from farskip.launch.job import parse_layers
+@pytest.mark.parametrize("word", ["[0,2]", "[ 0, 2 ]", "'[0,2]'", "'0,2'", "0\\,2"])
+def test_a_list_of_layers_needs_no_quotes(word: str) -> None:
+    (config,) = composed("pretrain", f"wiring.layers={word}")
+    assert select_layers(config.wiring.layers, 3) == (0, 2)
 
-    (config,) = composed("pretrain", "wiring.layers='[0,2]'")
-    assert parse_layers(config.wiring.layers) == [0, 2]
-    assert parse_layers("last:2") == "last:2"
+
+def test_layers_of_every_form_in_a_multirun() -> None:
+    argv = ["-m", "wiring.layers=[0,2],last:2,1", "run.folder=${wiring.layers}"]
+    assert [config.wiring.layers for config in composed("pretrain", *argv)] == ["[0,2]", "last:2", "1"]
 
 
 def test_a_home_folder() -> None:

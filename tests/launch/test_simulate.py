@@ -250,6 +250,11 @@ def test_the_middle_of_a_model() -> None:
     ("words", "message"),
     [
         ([], "give either --model FOLDER or --num-layers N"),
+        (
+            ["--num-layers", "2", "--layers", "0,2"],
+            "layers '0,2': layer 2 is outside 0..1",
+        ),
+        (["--num-layers", "2", "--layers", "[]"], "layers '[]' names no layer"),
         (["--model", "nowhere"], "nowhere: no config.json there"),
         (["--model", "MODEL", "--num-layers", "3"], "give either --model FOLDER or --num-layers N"),
         (["--model", "MODEL", "--hidden", "3"], "--hidden goes with --num-layers"),
