@@ -1,6 +1,6 @@
 """Settings of `farskip bench overlap`. Every field is documented by the string below it, which ``--help`` prints."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 from farskip.launch.bench_names import BLOCKING, FREE, TENSOR
@@ -150,6 +150,10 @@ class BenchOverlapConfig:
         ):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}={getattr(self, key)} is too small; use at least {least}")
+        for size in fields(SizeConfig):
+            value = getattr(self.size, size.name)
+            if value < 1:
+                raise ValueError(f"size.{size.name}={value} is too small; use at least 1")
         if self.delay_limit <= 0:
             raise ValueError(
                 f"delay_limit={self.delay_limit} must be above 0; 0.05 rejects little and keeps figures fair"

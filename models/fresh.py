@@ -7,6 +7,9 @@ from farskip.models.family import Family, families
 from farskip.models.fresh_slices import fresh_model
 from farskip.models.rank_slices import RankSlices
 
+_SIZES = ("num_hidden_layers", "_size", "_heads", "_dim", "_rank")
+"""How keys of a transformers config end that say how large a model is; torch's own words for one below 1 name none."""
+
 
 def family_of_type(name: str) -> Family:
     """The family with this name, which is its transformers model_type unless another family has that.
@@ -40,7 +43,8 @@ def build_model(
         here: this rank's slices, of which alone it gets memory (`farskip.models.fresh_slices`); None: the whole model.
 
     Raises:
-        ValueError: unknown family, a key that its config does not have, or values that do not go together.
+        ValueError: unknown family, a key that its config does not have, a size below 1, or values that do not go
+            together.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -50,6 +54,9 @@ def build_model(
     unknown = sorted(key for key in settings if not hasattr(default, key) and key not in family.undeclared_config_keys)
     if unknown:
         raise ValueError(f"model.config has keys that {family.name} does not know: {', '.join(unknown)}")
+    for key, value in settings.items():
+        if key.endswith(_SIZES) and isinstance(value, int) and value < 1:
+            raise ValueError(f"model.config.{key}={value} is too small; use at least 1")
     own = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": end_of_document_id, "pad_token_id": None}
     try:
         config = transformers.AutoConfig.for_model(family.model_type, **{**own, **settings})

@@ -62,6 +62,8 @@ def test_keys_and_defaults_are_frozen(check_snapshot: Callable[[str, str], None]
         (["hosts=3", "parallel=tensor"], "hosts=3 does not divide size.heads=8"),
         (["parallel=tensor", "size.mlp_width=7"], "hosts=2 does not divide size.mlp_width=7"),
         (["parallel=tensor", "size.hidden=24"], "size.hidden=24 is no multiple of twice size.heads=8"),
+        (["size.layers=-1"], "size.layers=-1 is too small; use at least 1"),
+        (["size.experts=0"], "size.experts=0 is too small; use at least 1"),
         (["chunks=0"], "chunks=0 is too small"),
         (["repeats=0"], "repeats=0 is too small"),
         (["delay_limit=0"], "delay_limit=0.0 must be above 0"),

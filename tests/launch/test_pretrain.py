@@ -255,6 +255,11 @@ BAD = {
         ["model.config.num_experts_per_tok=5"],
         "model.config.num_experts_per_tok=5 must be at least 1 ",
     ),
+    "no layers": (
+        ["model.config.num_hidden_layers=0"],
+        "model.config.num_hidden_layers=0 is too small; use at least 1",
+    ),
+    "a negative size": (["model.config.hidden_size=-64"], "model.config.hidden_size=-64 is too small; use at least 1"),
     "a word as size": (["model.config.hidden_size=big"], "model.config does not make a deepseek_v3: "),
     "steps": (["training.num_steps=0"], "training.num_steps=0 is too small; it must be at least 1"),
     "a file as folder": (["run.folder=/etc/hostname"], "run.folder=/etc/hostname is a file: give a folder"),
