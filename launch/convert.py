@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from farskip.launch.writable import check_place
+
 if TYPE_CHECKING:
     from farskip.models.convert import Conversion
 
@@ -54,6 +56,7 @@ def main(argv: list[str]) -> int:
         OSError: the disk is full.
     """
     options = parser().parse_args(argv)
+    check_place(f"OUT {options.target}", options.target)
     with _stopped_in_order():
         # Only now: --help needs no torch. And none of these needs transformers, which takes seconds to import.
         from farskip.models.convert import convert, plan_conversion

@@ -16,6 +16,7 @@ from farskip.launch.doctor_environment import job_of, network, settings, threads
 from farskip.launch.doctor_machine import Finding, Level, devices, extras, has_devices, packages, room
 from farskip.launch.doctor_run import checkpoint, degrees
 from farskip.launch.trace import write_bytes
+from farskip.launch.writable import check_file
 
 WARNED, BROKEN = 1, 2
 
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> int:
         ValueError: numbers of ranks that make no sense.
     """
     options = parser().parse_args(argv)
+    if options.json and options.json != "-":
+        check_file(f"--json {options.json}", options.json)
     found = examine(options)
     document = json.dumps({"findings": [asdict(each) for each in found], "counts": _counts(found)}, indent=1) + "\n"
     if options.json == "-":

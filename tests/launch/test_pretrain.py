@@ -227,7 +227,11 @@ BAD = {
     "layers": (["wiring.name=farskip", "wiring.layers=2:9"], "layers"),
     "words as layers": (["wiring.name=farskip", "wiring.layers=some"], "layers"),
     "a step that does not exist": (["profile.steps=[0]"], "profile.steps=[0]: steps are counted from 1"),
-    "balance without bias": (["balance.bias_rate=0.1"], "bias_rate=0.1: the routers of this model have no selection"),
+    "balance without bias": (["balance.bias_rate=0.1"], "balance.bias_rate=0.1: the routers of this model"),
+    "a negative step of biases": (["balance.bias_rate=-1"], "balance.bias_rate=-1.0 makes no sense; use 0 or more"),
+    "a negative weight": (["balance.aux_coefficient=-1"], "balance.aux_coefficient=-1.0 makes no sense; use 0 or more"),
+    "negative threads": (["run.threads=-3"], "run.threads=-3 is too small; use at least 0"),
+    "no time": (["run.timeout_s=0"], "run.timeout_s=0 is too small; use at least 1"),
     "ep on one rank": (["parallel.ep=2"], "parallel.ep=2 needs as many ranks: start with torchrun --nproc-per-node"),
     "a side stream on one rank": (
         ["parallel.side_stream=merge"],
