@@ -163,7 +163,7 @@ class BenchOverlapConfig:
             raise ValueError(f"emulated.bandwidth_gbit_s={self.emulated.bandwidth_gbit_s} must be above 0")
         if not 0 <= self.emulated.latency_us < math.inf:
             raise ValueError(f"emulated.latency_us={self.emulated.latency_us} must be at least 0")
-        if self.delay_limit <= 0:
+        if not self.delay_limit > 0:
             raise ValueError(
                 f"delay_limit={self.delay_limit} must be above 0; 0.05 rejects little and keeps figures fair"
             )

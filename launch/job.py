@@ -107,6 +107,16 @@ def build_job_mesh(parallel: ParallelConfig, ranks: Ranks) -> DeviceMesh | None:
                 f"parallel.side_stream={parallel.side_stream} has nothing to put aside on one rank: no rows travel; "
                 "start with torchrun --nproc-per-node, or set it to none"
             )
+        if parallel.capacity:
+            raise ValueError(
+                f"parallel.capacity={parallel.capacity} has nothing to bound on one rank: no rows travel and none is "
+                "dropped; start with torchrun --nproc-per-node, or set it to 0"
+            )
+        if parallel.link.kind is LinkKind.emulated:
+            raise ValueError(
+                "parallel.link.kind=emulated has nothing to slow down on one rank: nothing travels; start with "
+                "torchrun --nproc-per-node, or set it to real"
+            )
         return None
     return build_mesh(parallel.ep or ranks.world_size, ranks.device.partition(":")[0], tp=parallel.tp)
 
@@ -285,6 +295,12 @@ def run_training(
     Returns:
         How it ended; with `StopReason.shutdown` the caller has to leave at once, the checkpoint is written.
     """
+    late = [step for step in trace_steps if step > config.num_steps]
+    if late:
+        raise ValueError(
+            f"profile.steps={list(trace_steps)}: step {late[0]} is beyond training.num_steps={config.num_steps}; leave "
+            "it out"
+        )
     shutdown = ShutdownRequest()
     attachment = attachment_of(prepared.model)
     assert attachment is not None

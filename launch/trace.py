@@ -74,6 +74,8 @@ def main(argv: list[str]) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
+    if options.stretches < 0:
+        raise ValueError(f"--stretches {options.stretches} is too small; use at least 0, which prints none")
     for text in options.conditions:
         parse_condition(text)
     if options.junit and not options.conditions:

@@ -70,6 +70,7 @@ def test_keys_and_defaults_are_frozen(check_snapshot: Callable[[str, str], None]
         (["compute=timed", "timed.attention_ms=-4"], "timed.attention_ms=-4.0 is no time; use 0 or more milliseconds"),
         (["link=emulated", "emulated.bandwidth_gbit_s=0"], "emulated.bandwidth_gbit_s=0.0 must be above 0"),
         (["link=emulated", "emulated.latency_us=-1"], "emulated.latency_us=-1.0 must be at least 0"),
+        (["delay_limit=nan"], "delay_limit=nan must be above 0"),
         (["size.top_k=9"], "size.top_k=9 is outside 1..8"),
         (["wirings=[farship]", "link=local"], "wiring 'farship' is unknown; did you mean 'farskip'?"),
         (["out=/dev/null/x.json", "link=local"], "out=/dev/null/x.json"),

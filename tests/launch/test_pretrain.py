@@ -237,6 +237,18 @@ BAD = {
         ["parallel.side_stream=merge"],
         "parallel.side_stream=merge has nothing to put aside on one rank: no rows travel; start with torchrun",
     ),
+    "a capacity on one rank": (
+        ["parallel.capacity=4"],
+        "parallel.capacity=4 has nothing to bound on one rank: no rows",
+    ),
+    "an emulated link on one rank": (
+        ["parallel.link.kind=emulated"],
+        "parallel.link.kind=emulated has nothing to slow down on one rank: nothing travels; start with torchrun",
+    ),
+    "a step beyond the end": (
+        ["profile.steps=[3,99]"],
+        "profile.steps=[3, 99]: step 99 is beyond training.num_steps=4; leave it out",
+    ),
     "no cuda": (["run.device=cuda"], "run.device=cuda, but torch sees no CUDA device here; use run.device=cpu"),
     "device": (["run.device=tpu"], "run.device='tpu' is unknown; use cpu, cuda or auto"),
     "schedule": (["parallel.schedule=sereal"], "parallel.schedule: Invalid value 'sereal', expected"),
