@@ -79,11 +79,12 @@ def help_text(config: Any, intro: str) -> str:
             f"{key}={_shown(default)}", 116, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
         )
         lines += textwrap.wrap(doc, 110, initial_indent="      ", subsequent_indent="      ")
+    key, _, example = _place(config)
     lines += [
         "",
-        "A list is written [1,2], nothing is null, text with spaces needs quotes inside quotes: 'show.prompt=\"a b\"'.",
-        "--multirun runs every combination of comma-separated values, each in a folder of its own:",
-        "  --multirun wiring.name=farskip,ladder 'run.folder=runs/${wiring.name}'",
+        f"A list is written [1,2], nothing is null, text with spaces needs quotes inside quotes: '{key}=\"a b\"'.",
+        "--multirun runs every combination of comma-separated values, each in a place of its own:",
+        f"  --multirun {example}",
         "--cfg job prints the resolved configuration and runs nothing.",
     ]
     return "\n".join(lines) + "\n"
@@ -304,13 +305,19 @@ def _refuse_shared_folder(configs: Sequence[Any]) -> None:
     """Two runs of a multirun must not write to one place: the run folder, or the result file of a benchmark."""
     seen = set()
     for config in configs:
-        key, place = ("run.folder", config.run.folder) if hasattr(config, "run") else ("out", config.out)
+        key, place, example = _place(config)
         if place and place in seen:
-            example = "'run.folder=runs/${wiring.name}'" if key == "run.folder" else "'out=${link}.json'"
             raise ValueError(
                 f"--multirun: two combinations write to {key}={place}; name it by what differs, e.g. {example}"
             )
         seen.add(place)
+
+
+def _place(config: Any) -> tuple[str, str, str]:
+    """Where a command writes: the key, its value, and words of a multirun that give each combination its own."""
+    if hasattr(config, "run"):
+        return "run.folder", config.run.folder, "wiring.name=farskip,ladder 'run.folder=runs/${wiring.name}'"
+    return "out", config.out, "link=local,emulated 'out=${link}.json'"
 
 
 def _yaml(config: Any) -> str:

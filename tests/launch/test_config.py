@@ -1,5 +1,7 @@
 """Settings: what is documented, what is frozen, and what a wrong one is answered."""
 
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -8,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from farskip.launch.bench_config import BenchOverlapConfig
 from farskip.launch.config import DemoConfig, DistillConfig, PretrainConfig
-from farskip.launch.hydra_command import documented_keys, run_hydra
+from farskip.launch.hydra_command import documented_keys, help_text, run_hydra
 from farskip.wiring import select_layers
 
 CONFIGS = {"pretrain": PretrainConfig, "distill": DistillConfig, "demo": DemoConfig}
@@ -183,6 +186,18 @@ def test_another_model() -> None:
     (config,) = composed("pretrain", "model=qwen3_tiny")
     assert config.model.family == "qwen3_moe"
     assert "kv_lora_rank" not in config.model.config
+
+
+@pytest.mark.parametrize("command", [*CONFIGS, "bench_overlap"])
+def test_the_examples_of_the_help_are_of_that_command(command: str) -> None:
+    config_class = {**CONFIGS, "bench_overlap": BenchOverlapConfig}[command]
+    lines = help_text(config_class(), "").splitlines()
+    (swept,) = [shlex.split(line) for line in lines if line.startswith("  --multirun ")]
+    (quoted,) = [re.findall(r"'.*'", line) for line in lines if line.startswith("A list is written")]
+    for words, num_runs in ((swept, 2), (shlex.split(quoted[0]), 1)):
+        seen: list[Any] = []
+        run_hydra(command, config_class, lambda config, seen=seen: seen.append(config) or True, words, intro="")
+        assert len(seen) == num_runs
 
 
 def test_multirun_runs_every_combination(capsys: pytest.CaptureFixture[str]) -> None:
