@@ -148,7 +148,7 @@ class Wiring:
 
     @property
     def name(self) -> str:
-        """The name that all rewired layers share, ``"ordinary"``, or ``"custom"``."""
+        """The name that all rewired layers share, ``"ordinary"``, or ``"custom"``; as in records, so ``"mlp_only"``."""
         rewired = {layer for layer in self.layers if layer != NAMED["ordinary"]}
         if not rewired:
             return "ordinary"
@@ -216,7 +216,8 @@ class Wiring:
         rewired = self.rewired_layers
         if not rewired:
             return f"ordinary ({self.num_layers} layers)"
-        return f"{self.name} on {len(rewired)} of {self.num_layers} layers ({_ranges(rewired)})"
+        usual = {name: alias for alias, name in _ALIASES.items()}
+        return f"{usual.get(self.name, self.name)} on {len(rewired)} of {self.num_layers} layers ({_ranges(rewired)})"
 
 
 def select_layers(layers: "str | Iterable[int]", num_layers: int) -> tuple[int, ...]:
