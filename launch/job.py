@@ -53,12 +53,10 @@ from farskip.profiling import StepTracer
 from farskip.schedule import Schedule
 from farskip.shutdown import ShutdownRequest
 from farskip.simulator import StageTimes, explain
-from farskip.trace import inspect
 from farskip.trainer import CHECKPOINTS, StopReason, TrainResult, train
 from farskip.training_config import Precision, TrainingConfig
 from farskip.training_protocols import Balancer, Communicator, Objective, SingleProcess
 from farskip.training_state import tensors_to_fill
-from farskip.wiring import Wiring
 from farskip.wiring_stages import WiringStages
 
 
@@ -341,12 +339,6 @@ def run_training(
     return result
 
 
-def _log_trace(path: Path) -> None:
-    """One line for a traced step, from this rank's own file."""
-    for line in inspect(path).step_lines():
-        print(line, flush=True)
-
-
 def measure(
     prepared: Prepared, data: TextData, config: TrainingConfig, num_batches: int, teacher: Prepared | None = None
 ) -> Evaluation:
@@ -418,11 +410,6 @@ def export(prepared: Prepared, tokenizer: Any, path: Path, ranks: Ranks) -> None
     if ranks.rank == 0:
         tokenizer.save_pretrained(path)
     _barrier(ranks)()
-
-
-def named_wiring(name: str, layers: str, num_layers: int) -> Wiring:
-    """The wiring of a configuration."""
-    return Wiring.named(name, num_layers, layers)
 
 
 def _load_weights(prepared: Prepared, config: TrainingConfig, folder: Path, checkpoint: Path) -> None:
