@@ -56,7 +56,9 @@ class RouterBalance:
         launch_sum: LaunchSum,
     ) -> None:
         if bias_rate and not biases:
-            raise ValueError(f"bias_rate={bias_rate}: the routers of this model have no selection bias; set it to 0")
+            raise ValueError(
+                f"balance.bias_rate={bias_rate}: the routers of this model have no selection bias; set it to 0"
+            )
         self._num_experts = num_experts
         self._aux_coefficient = aux_coefficient
         self._bias_rate = bias_rate

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["DataConfig", "TextData", "TrainBatches", "build_data", "build_tokenizer"]
 
 
+_NOT_PACKED = ("seed", "batch_size", "cache_dir")
+"""Settings that say nothing about what a packed text holds."""
+
+
 class TextData:
     """Packed text of one job, as one rank sees it.
 
@@ -59,7 +63,8 @@ class TextData:
             "data.seed": config.seed,
             "data.batch_size * ranks": config.batch_size * self._world_size,
         }
-        return TrainBatches(sequences, sampler, identity)
+        settings = {f"data.{name}": value for name, value in asdict(config).items() if name not in _NOT_PACKED}
+        return TrainBatches(sequences, sampler, identity, packed_by=settings)
 
     def heldout_batches(self, num_batches: int) -> list[Batch]:
         """The same batches at every call, not shuffled, spread evenly over the held-out text.

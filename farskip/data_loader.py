@@ -10,7 +10,7 @@ Legend: N packed sequences, S positions per sequence, B sequences per batch.
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +120,27 @@ def heldout_rows(num_sequences: int, num_batches: int, batch_size: int, rank: in
 class TrainBatches:
     """Endless training batches of one rank, with a position that can be saved and restored exactly."""
 
-    def __init__(self, sequences: PackedSequences, sampler: ShuffledBatches, identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        sequences: PackedSequences,
+        sampler: ShuffledBatches,
+        identity: dict[str, Any],
+        packed_by: Mapping[str, Any] | None = None,
+    ) -> None:
         """Set up torchdata's loader over the sequences.
 
         Args:
             sequences: the training split.
             sampler: chooses this rank's rows.
             identity: what has to be equal for a saved position to mean the same batches: configuration key -> value.
+            packed_by: settings that made the text what it is. Not compared, as a text that was moved still is the same;
+                the error for another text names those that differ.
         """
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         self._sampler = sampler
         self._identity = identity
+        self._packed_by = dict(packed_by or {})
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 declares deprecated.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
@@ -159,7 +168,11 @@ class TrainBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the newest batch, in plain integers and strings, and what it is a position in."""
-        return {"loader": self._loader.state_dict(), "identity": dict(self._identity)}
+        return {
+            "loader": self._loader.state_dict(),
+            "identity": dict(self._identity),
+            "packed_by": dict(self._packed_by),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch that was the newest one when the state was taken.
@@ -170,8 +183,12 @@ class TrainBatches:
         for key, here in self._identity.items():
             saved = state["identity"].get(key)
             if saved != here:
+                then = state.get("packed_by", {}) if key == "packed text" else {}
+                causes = [name for name, now in self._packed_by.items() if name in then and then[name] != now]
+                before = ", ".join(f"{name}={then[name]}" for name in causes) or f"{key}={saved}"
+                now = ", ".join(f"{name}={self._packed_by[name]}" for name in causes) or f"{key}={here}"
                 raise ValueError(
-                    f"the saved position in the data is for {key}={saved}, but this run has {key}={here}; "
+                    f"the saved position in the data is for {before}, but this run has {now}; "
                     "restore the old value or start without resuming"
                 )
         self._loader.load_state_dict(state["loader"])

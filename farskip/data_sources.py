@@ -152,8 +152,9 @@ def _source_of_folder(root: Path, config: DataConfig, key: str) -> Source:
     kinds = [kind for kind, files in found.items() if files]
     if not kinds:
         wanted = sorted(itertools.chain.from_iterable(patterns.values()))
+        advice = "data.patterns" if "text" in patterns else "data.format"
         hidden = f" ({sum(num_excluded.values())} are hidden by data.exclude)" if num_excluded else ""
-        raise ValueError(f"{key}={root} has no file named {', '.join(wanted)}{hidden}; check the path or data.patterns")
+        raise ValueError(f"{key}={root} has no file named {', '.join(wanted)}{hidden}; check the path or {advice}")
     if len(kinds) > 1:
         there = " and ".join(f"{len(found[kind])} {kind}" for kind in kinds)
         raise ValueError(f"{key}={root} holds {there} files; say which to read with data.format={kinds[-1]}")

@@ -36,7 +36,7 @@ def read_kineto(path: str | Path) -> TraceFile:
         The trace.
 
     Raises:
-        ValueError: the file is empty, truncated, or no trace; the message names the file and the remedy.
+        ValueError: the file is empty, truncated, no trace or one without events; names the file and the remedy.
         OSError: the path cannot be read.
     """
     reading = KinetoReading(path=str(path))
@@ -56,6 +56,10 @@ def read_kineto(path: str | Path) -> TraceFile:
         else ()
     )
     rows = reading.store.finish()
+    if not len(rows.start_R) and not reading.num_dropped:
+        raise ValueError(
+            f"{path}: traceEvents has no event with a time; profile a whole step and export the trace again"
+        )
     return TraceFile(
         path=reading.path,
         source="kineto",

@@ -127,7 +127,8 @@ class Wiring:
         Args:
             name: ``ordinary``, ``farskip``, ``attn_only``, ``mlp_only``, ``ladder`` or ``parallel``.
             num_layers: number of decoder layers of the model.
-            layers: ``"all"``, ``"last:3"``, ``"first:3"``, ``"2:5"`` (half-open) or a list of layer numbers.
+            layers: ``"all"``, ``"last:3"``, ``"first:3"``, ``"2:5"`` (half-open), ``"3"``, ``"0,4,5"``,
+                ``"[0,4,5]"`` or a list of layer numbers.
 
         Raises:
             ValueError: unknown name, or a layer outside the model.
@@ -147,7 +148,7 @@ class Wiring:
 
     @property
     def name(self) -> str:
-        """The name that all rewired layers share, ``"ordinary"``, or ``"custom"``."""
+        """The name that all rewired layers share, ``"ordinary"``, or ``"custom"``; as in records, so ``"mlp_only"``."""
         rewired = {layer for layer in self.layers if layer != NAMED["ordinary"]}
         if not rewired:
             return "ordinary"
@@ -215,11 +216,17 @@ class Wiring:
         rewired = self.rewired_layers
         if not rewired:
             return f"ordinary ({self.num_layers} layers)"
-        return f"{self.name} on {len(rewired)} of {self.num_layers} layers ({_ranges(rewired)})"
+        usual = {name: alias for alias, name in _ALIASES.items()}
+        return f"{usual.get(self.name, self.name)} on {len(rewired)} of {self.num_layers} layers ({_ranges(rewired)})"
 
 
 def select_layers(layers: "str | Iterable[int]", num_layers: int) -> tuple[int, ...]:
-    """Layer numbers from ``"all"``, ``"last:3"``, ``"first:3"``, ``"2:5"`` (half-open) or a list, ascending.
+    """Layer numbers, ascending. The one reader of layers: settings and options of all commands come here as text.
+
+    Args:
+        layers: ``"all"``, ``"last:3"``, ``"first:3"``, ``"2:5"`` (half-open), ``"3"``, ``"0,4,5"``, ``"[0,4,5]"``, or a
+            list of numbers. A list may be empty, as in the record of an ordinary model; text of an empty list may not.
+        num_layers: number of decoder layers of the model.
 
     Raises:
         ValueError: not one of these forms, or a layer outside 0..num_layers-1.
@@ -229,15 +236,14 @@ def select_layers(layers: "str | Iterable[int]", num_layers: int) -> tuple[int, 
     else:
         if not isinstance(layers, Iterable):
             raise ValueError(_not_understood(layers))
-        numbers = list(layers)
-        for layer in numbers:
+        chosen = list(layers)
+        for layer in chosen:
             if isinstance(layer, bool) or not isinstance(layer, int):
                 raise ValueError(f"layers {layers!r}: {layer!r} is not a layer number; use integers")
-        chosen = sorted(set(numbers))
     for layer in chosen:
         if not 0 <= layer < num_layers:
             raise ValueError(f"layers {layers!r}: layer {layer} is outside 0..{num_layers - 1} of this model")
-    return tuple(chosen)
+    return tuple(sorted(set(chosen)))
 
 
 def _select_by_text(layers: str, num_layers: int) -> list[int]:
@@ -253,11 +259,18 @@ def _select_by_text(layers: str, num_layers: int) -> list[int]:
         if int(right) > num_layers or int(left) > int(right):
             raise ValueError(f"layers {layers!r}: use START:STOP with 0 <= START <= STOP <= {num_layers}")
         return list(range(int(left), int(right)))
+    is_bracketed = layers.startswith("[") and layers.endswith("]")
+    inside = layers[1:-1].strip() if is_bracketed else layers
+    if is_bracketed and not inside:
+        raise ValueError(f"layers {layers!r} names no layer; name one or more, as [0,4,5], or all")
+    numbers = [word.strip() for word in inside.split(",")]
+    if all(word.isdecimal() for word in numbers):
+        return [int(word) for word in numbers]
     raise ValueError(_not_understood(layers))
 
 
 def _not_understood(layers: object) -> str:
-    return f"layers {layers!r} is not understood; use all, last:3, first:3, 2:5 or a list such as [0,4,5]"
+    return f"layers {layers!r} is not understood; use all, last:3, first:3, 2:5, 3 or a list such as [0,4,5]"
 
 
 def _resolve_layer(index: int, layer: LayerWiring, here: LayerBlocks, previous: LayerBlocks) -> LayerInputs:

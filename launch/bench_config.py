@@ -1,6 +1,7 @@
 """Settings of `farskip bench overlap`. Every field is documented by the string below it, which ``--help`` prints."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 from farskip.launch.bench_names import BLOCKING, FREE, TENSOR
@@ -150,7 +151,19 @@ class BenchOverlapConfig:
         ):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}={getattr(self, key)} is too small; use at least {least}")
-        if self.delay_limit <= 0:
+        for size in fields(SizeConfig):
+            value = getattr(self.size, size.name)
+            if value < 1:
+                raise ValueError(f"size.{size.name}={value} is too small; use at least 1")
+        for time in fields(TimedConfig):
+            value = getattr(self.timed, time.name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"timed.{time.name}={value} is no time; use 0 or more milliseconds")
+        if not 0 < self.emulated.bandwidth_gbit_s < math.inf:
+            raise ValueError(f"emulated.bandwidth_gbit_s={self.emulated.bandwidth_gbit_s} must be above 0")
+        if not 0 <= self.emulated.latency_us < math.inf:
+            raise ValueError(f"emulated.latency_us={self.emulated.latency_us} must be at least 0")
+        if not self.delay_limit > 0:
             raise ValueError(
                 f"delay_limit={self.delay_limit} must be above 0; 0.05 rejects little and keeps figures fair"
             )

@@ -37,17 +37,21 @@ def main(argv: Sequence[str]) -> int:
         argv: The words after `farskip bench kernels`.
 
     Returns:
-        0; 1 if an op's results disagree with plain torch; 2 if this machine cannot run it or a word is wrong.
+        0; 1 if an op's results disagree with plain torch.
+
+    Raises:
+        ValueError: this machine has no CUDA device, or a word is wrong.
     """
     options = _parse(argv)
-    if not torch.cuda.is_available():
-        print("bench kernels: this machine has no CUDA device, so there is nothing to time; use one", file=sys.stderr)
-        return 2
     names = [shape.name for shape in MODELS]
-    unknown = [name for name in options.models if name not in names]
-    if unknown:
-        print(f"bench kernels: model {unknown[0]!r} is unknown; choose from {', '.join(names)}", file=sys.stderr)
-        return 2
+    for name in options.models:
+        if name not in names:
+            raise ValueError(f"--models {name} is unknown; choose from {', '.join(names)}")
+    for count in options.tokens:
+        if count < 1:
+            raise ValueError(f"--tokens {count} is too small; use at least 1")
+    if not torch.cuda.is_available():
+        raise ValueError("this machine has no CUDA device, so there is nothing to time; use one that has")
     ceilings = measure_ceilings()
     print(f"copy {ceilings['copy_tb_per_s']:.2f} TB/s, bf16 matmul {ceilings['matmul_tflop_per_s']:.0f} TFLOP/s")
     results, wrong = [], []
@@ -59,16 +63,31 @@ def main(argv: Sequence[str]) -> int:
                 wrong += disagreeing
     write_report({"ceilings": ceilings, "machine": machine(), "argv": list(argv), "results": results}, options.out)
     for line in wrong:
-        print(f"bench kernels: {line}; not timed", file=sys.stderr)
+        print(f"farskip bench kernels: {line}; not timed", file=sys.stderr)
     return 1 if wrong else 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="farskip bench kernels", description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["deepseek_v3", "qwen3_30b", "moonlight_16b"])
-    parser.add_argument("--ops", nargs="+", default=None, help="only these ops")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for JSON and PNG")
+    parser = argparse.ArgumentParser(
+        prog="farskip bench kernels",
+        description="Time every kernel on this GPU against what the hardware allows and against plain torch.",
+        epilog="Nothing is timed before its results agree with plain torch. Needs a CUDA device.",
+    )
+    names = ", ".join(shape.name for shape in MODELS)
+    models = ["deepseek_v3", "qwen3_30b", "moonlight_16b"]
+    add = parser.add_argument
+    add(
+        "--models", nargs="+", default=models, metavar="NAME", help=f"whose sizes: {names}; default: {' '.join(models)}"
+    )
+    add("--ops", nargs="+", metavar="OP", help="time only these, as permute or swiglu (default: all)")
+    add("--tokens", nargs="+", type=int, default=[8192], metavar="N", help="of one call, one or more (default: 8192)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results"),
+        metavar="FOLDER",
+        help="for JSON and PNG (default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 

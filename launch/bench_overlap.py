@@ -21,6 +21,7 @@ from farskip.launch.config import RunConfig
 from farskip.launch.hydra_command import run_hydra
 from farskip.launch.network_hosts import check_hosts_possible, rate_of, run_on_hosts
 from farskip.launch.ranks import Ranks, run_on_local_ranks
+from farskip.launch.writable import check_place
 
 INTRO = """
 usage: farskip bench overlap [key=value ...]
@@ -105,9 +106,8 @@ def _is_alive(pid: int) -> bool:
 
 def _check_out(out: str) -> None:
     """Minutes of measuring must not end in a path that cannot be written."""
-    nearest = next((path for path in Path(out).absolute().parents if path.exists()), None)
-    if out and (nearest is None or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK)):
-        raise ValueError(f"out={out}: cannot write in {nearest}; give a file in a folder of yours")
+    if out:
+        check_place(f"out={out}", out)
     if out and Path(out).suffix == ".png":
         raise ValueError(f"out={out} is where the picture would go; give a name that ends in .json")
 

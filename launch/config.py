@@ -53,7 +53,7 @@ class WiringConfig:
     name: str = "farskip"
     """ordinary, farskip, attn_only, mlp_only, ladder or parallel."""
     layers: str = "all"
-    """Layers that get it, the rest stays ordinary: all, last:3, first:3, 2:5 (half-open) or a list as 0,4,5."""
+    """Layers that get it, the rest stays ordinary: all, last:3, first:3, 2:5 (half-open), 3 or [0,4,5]."""
     stage_layers: int = 0
     """Rewire in stages while training: so many of these layers, then as many more, from the last layer to the first;
     0: all at once."""

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from farskip.launch.writable import check_place
+
 if TYPE_CHECKING:
     from farskip.models.convert import Conversion
 
@@ -31,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="ordinary, farskip, attn_only, mlp_only, ladder or parallel; without it, what the checkpoint says",
     )
-    add("--layers", metavar="LAYERS", help="which layers: all (default), last:3, first:3, 2:5 or [0,4,5]")
+    add("--layers", metavar="LAYERS", help="which layers: all (default), last:3, first:3, 2:5, 3 or 0,4,5")
     add(
         "--to",
         choices=("hf", "instella"),
@@ -54,28 +56,18 @@ def main(argv: list[str]) -> int:
         OSError: the disk is full.
     """
     options = parser().parse_args(argv)
+    check_place(f"OUT {options.target}", options.target)
     with _stopped_in_order():
         # Only now: --help needs no torch. And none of these needs transformers, which takes seconds to import.
         from farskip.models.convert import convert, plan_conversion
 
-        layers = None if options.layers is None else layers_of(options.layers)
-        conversion = plan_conversion(options.source, options.target, options.wiring, layers, options.to)
+        conversion = plan_conversion(options.source, options.target, options.wiring, options.layers, options.to)
         with _progress(conversion) as advance:
             convert(conversion, advance)
     for remark in conversion.remarks:
         print(f"farskip convert: note: {remark}", file=sys.stderr)
     print(_summary(conversion))
     return 0
-
-
-def layers_of(text: str) -> str | list[int]:
-    """Layers as a command line says them: a name or range, or numbers in brackets."""
-    if not (text.startswith("[") and text.endswith("]")):
-        return text
-    numbers = [word.strip() for word in text[1:-1].split(",") if word.strip()]
-    if not all(word.isdecimal() for word in numbers):
-        raise ValueError(f"layers {text!r} is not understood; use all, last:3, first:3, 2:5 or a list such as [0,4,5]")
-    return [int(word) for word in numbers]
 
 
 def _summary(conversion: "Conversion") -> str:

@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from farskip.launch.config import ParallelConfig
-from farskip.launch.convert import layers_of
 from farskip.launch.doctor_environment import job_of, network, settings, threads, torchrun
 from farskip.launch.doctor_machine import Finding, Level, devices, extras, has_devices, packages, room
 from farskip.launch.doctor_run import checkpoint, degrees
 from farskip.launch.trace import write_bytes
+from farskip.launch.writable import check_file
 
 WARNED, BROKEN = 1, 2
 
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     run = command.add_argument_group("a run that is planned").add_argument
     run("--model", type=Path, metavar="FOLDER", help="of a checkpoint: can it be loaded, spread, held?")
     run("--wiring", metavar="NAME", help="that it gets; without it, what the checkpoint says")
-    run("--layers", metavar="LAYERS", help="with --wiring: all (default), last:3, first:3, 2:5 or [0,4,5]")
+    run("--layers", metavar="LAYERS", help="with --wiring: all (default), last:3, first:3, 2:5, 3 or 0,4,5")
     run("--ep", type=int, default=0, metavar="N", help="ranks that share the experts (default: all ranks)")
     run("--tp", type=int, default=1, metavar="N", help="ranks that share attention, MLPs, shared experts")
     run("--sequence-parallel", action="store_true", help="with --tp: they share the stream, too")
@@ -60,6 +60,8 @@ def main(argv: list[str]) -> int:
         ValueError: numbers of ranks that make no sense.
     """
     options = parser().parse_args(argv)
+    if options.json and options.json != "-":
+        check_file(f"--json {options.json}", options.json)
     found = examine(options)
     document = json.dumps({"findings": [asdict(each) for each in found], "counts": _counts(found)}, indent=1) + "\n"
     if options.json == "-":
@@ -102,9 +104,8 @@ def examine(options: argparse.Namespace) -> list[Finding]:
     fits = degrees(parallel, job)
     found += fits
     if options.model is not None:
-        layers = None if options.layers is None else layers_of(options.layers)
         is_possible = not any(each.level is Level.error for each in fits)
-        found += checkpoint(options.model, options.wiring, layers, parallel if is_possible else None, job)
+        found += checkpoint(options.model, options.wiring, options.layers, parallel if is_possible else None, job)
     return found
 
 

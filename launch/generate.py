@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from farskip.launch.convert import layers_of
 from farskip.launch.quiet import quiet_libraries
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token; else sample")
     add("--seed", type=int, default=0, metavar="S", help="of the sampling (default: 0)")
     add("--wiring", metavar="NAME", help="instead of what the checkpoint says: ordinary, farskip, ladder ...")
-    add("--layers", metavar="LAYERS", help="with --wiring: all (default), last:3, first:3, 2:5 or [0,4,5]")
+    add("--layers", metavar="LAYERS", help="with --wiring: all (default), last:3, first:3, 2:5, 3 or 0,4,5")
     add("--dtype", choices=DTYPES, help="of the parameters (default: the checkpoint's)")
     add("--device", default="auto", metavar="DEVICE", help="cpu, cuda, cuda:1 or auto (default): cuda if there is one")
     add("--chat", action="store_true", help="the prompt is a user's message: use the tokenizer's chat template")
@@ -129,8 +128,7 @@ def _load(options: argparse.Namespace, device: Any) -> Any:
     from farskip.models.pretrained import load
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    layers = None if options.layers is None else layers_of(options.layers)
-    return load(options.model, options.wiring, layers, dtype=dtype, device=device)
+    return load(options.model, options.wiring, options.layers, dtype=dtype, device=device)
 
 
 def _refuse_too_long(model: Any, num_prompt_tokens: int, num_new_tokens: int) -> None:

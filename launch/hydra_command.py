@@ -10,6 +10,7 @@ fields of the configuration classes.
 import ast
 import difflib
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,7 +58,8 @@ def run_hydra(
             print(help_text(compose([]), intro), end="")
             return 0
         known = _KnownKeys.of(config_class, compose)
-        combinations = _combinations([known.checked(override) for override in words.overrides], words.multirun)
+        checked = [known.checked(override) for override in words.overrides]
+        combinations = [[known.as_text(word) for word in each] for each in _combinations(checked, words.multirun)]
         configs = [_composed(compose, known, overrides) for overrides in combinations]
     if words.show:
         print("---\n".join(_yaml(config) for config in configs), end="")
@@ -80,11 +82,12 @@ def help_text(config: Any, intro: str) -> str:
             f"{key}={_shown(default)}", 116, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
         )
         lines += textwrap.wrap(doc, 110, initial_indent="      ", subsequent_indent="      ")
+    key, _, example = _place(config)
     lines += [
         "",
-        "A list is written [1,2], nothing is null, text with spaces needs quotes inside quotes: 'show.prompt=\"a b\"'.",
-        "--multirun runs every combination of comma-separated values, each in a folder of its own:",
-        "  --multirun wiring.name=farskip,ladder 'run.folder=runs/${wiring.name}'",
+        f"A list is written [1,2], nothing is null, text with spaces needs quotes inside quotes: '{key}=\"a b\"'.",
+        "--multirun runs every combination of comma-separated values, each in a place of its own:",
+        f"  --multirun {example}",
         "--cfg job prints the resolved configuration and runs nothing.",
     ]
     return "\n".join(lines) + "\n"
@@ -230,6 +233,12 @@ class _KnownKeys:
             value = f"'{Path(value).expanduser()}'"
         return f"{'++' if is_free else ''}{key}={value}"
 
+    def as_text(self, override: str) -> str:
+        """A list of numbers is text where the setting is: wiring.layers=[0,2] means wiring.layers='[0,2]'."""
+        key, _, value = override.partition("=")
+        is_list = isinstance(self.defaults.get(key), str) and re.fullmatch(r"\[[\d\s,]*\]", value)
+        return f"{key}='{value}'" if is_list else override
+
     def _unknown(self, key: str, *, has_value: bool) -> str:
         below = [known for known in self.defaults if known.startswith(f"{key}.")]
         if below:
@@ -274,8 +283,9 @@ def _combinations(overrides: Sequence[str], multirun: bool) -> list[list[str]]:
                 f"{override.lstrip('+')}: {reason}; special characters need quotes inside quotes, as 'key=\"a b\"'"
             ) from None
         if parsed[-1].is_sweep_override() and not multirun:
+            key, _, value = override.lstrip("+").partition("=")
             raise ValueError(
-                f"{override.lstrip('+')} has several values: --multirun runs each, a list is written [1,2], "
+                f"{key}={value} has several values: --multirun runs each, a list is written {key}=[{value}], "
                 "and text with a comma needs quotes inside quotes"
             )
     try:
@@ -298,13 +308,19 @@ def _refuse_shared_folder(configs: Sequence[Any]) -> None:
     """Two runs of a multirun must not write to one place: the run folder, or the result file of a benchmark."""
     seen = set()
     for config in configs:
-        key, place = ("run.folder", config.run.folder) if hasattr(config, "run") else ("out", config.out)
+        key, place, example = _place(config)
         if place and place in seen:
-            example = "'run.folder=runs/${wiring.name}'" if key == "run.folder" else "'out=${link}.json'"
             raise ValueError(
                 f"--multirun: two combinations write to {key}={place}; name it by what differs, e.g. {example}"
             )
         seen.add(place)
+
+
+def _place(config: Any) -> tuple[str, str, str]:
+    """Where a command writes: the key, its value, and words of a multirun that give each combination its own."""
+    if hasattr(config, "run"):
+        return "run.folder", config.run.folder, "wiring.name=farskip,ladder 'run.folder=runs/${wiring.name}'"
+    return "out", config.out, "link=local,emulated 'out=${link}.json'"
 
 
 def _yaml(config: Any) -> str:

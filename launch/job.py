@@ -55,7 +55,6 @@ from farskip.profiling import StepTracer
 from farskip.schedule import Schedule
 from farskip.shutdown import ShutdownRequest
 from farskip.simulator import StageTimes, explain
-from farskip.trace import inspect
 from farskip.trainer import CHECKPOINTS, StopReason, TrainResult, train, trained_loss
 from farskip.training_config import Precision, TrainingConfig
 from farskip.training_protocols import Balancer, Communicator, Objective, SingleProcess
@@ -146,6 +145,16 @@ def build_job_mesh(parallel: ParallelConfig, ranks: Ranks) -> DeviceMesh | None:
                 f"parallel.side_stream={parallel.side_stream} has nothing to put aside on one rank: no rows travel; "
                 "start with torchrun --nproc-per-node, or set it to none"
             )
+        if parallel.capacity:
+            raise ValueError(
+                f"parallel.capacity={parallel.capacity} has nothing to bound on one rank: no rows travel and none is "
+                "dropped; start with torchrun --nproc-per-node, or set it to 0"
+            )
+        if parallel.link.kind is LinkKind.emulated:
+            raise ValueError(
+                "parallel.link.kind=emulated has nothing to slow down on one rank: nothing travels; start with "
+                "torchrun --nproc-per-node, or set it to real"
+            )
         return None
     return build_mesh(parallel.ep or ranks.world_size, ranks.device.partition(":")[0], tp=parallel.tp)
 
@@ -171,7 +180,7 @@ def load_spread(
         layers: which layers, for a wiring.
         dtype: of the parameters; None for that of the checkpoint.
     """
-    chosen = None if wiring is None else parse_layers(layers)
+    chosen = None if wiring is None else layers
     if mesh is None:
         return load(path, wiring, chosen, dtype, ranks.device)
     return load(path, wiring, chosen, dtype, ranks.device, mesh, **spread(parallel, mesh))
@@ -203,7 +212,7 @@ def build_spread(
         seed=config.seed,
         here=None if mesh is None else places_here(mesh),
     ).to(ranks.device)
-    rewire(model, wiring.name, parse_layers(wiring.layers))
+    rewire(model, wiring.name, wiring.layers)
     return model if mesh is None else parallelize(model, mesh, already_cut=True, **spread(parallel, mesh))
 
 
@@ -305,12 +314,6 @@ def build_link(parallel: ParallelConfig, mesh: DeviceMesh, axis: str) -> Process
     return real_link(group) if exchanges_rows else ProcessGroupLink(group)
 
 
-def parse_layers(layers: str) -> str | Sequence[int]:
-    """``all``, ``last:3``, ``first:3``, ``2:5`` as they are; ``0,4,5`` as a list."""
-    parts = [part.strip() for part in layers.strip("[]").split(",")]
-    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else layers
-
-
 def run_training(
     prepared: Prepared,
     objective: Objective,
@@ -332,6 +335,12 @@ def run_training(
     Returns:
         How it ended; with `StopReason.shutdown` the caller has to leave at once, the checkpoint is written.
     """
+    late = [step for step in trace_steps if step > config.num_steps]
+    if late:
+        raise ValueError(
+            f"profile.steps={list(trace_steps)}: step {late[0]} is beyond training.num_steps={config.num_steps}; leave "
+            "it out"
+        )
     shutdown = ShutdownRequest()
     attachment = attachment_of(prepared.model)
     assert attachment is not None
@@ -373,12 +382,6 @@ def run_training(
     if result.best_checkpoint is not None and result.best_checkpoint != result.last_checkpoint:
         _load_weights(prepared, config, folder, result.best_checkpoint)
     return result
-
-
-def _log_trace(path: Path) -> None:
-    """One line for a traced step, from this rank's own file."""
-    for line in inspect(path).step_lines():
-        print(line, flush=True)
 
 
 def measure(
@@ -457,11 +460,6 @@ def export(prepared: Prepared, tokenizer: Any, path: Path, ranks: Ranks) -> None
         tokenizer.save_pretrained(path)
     if ranks.world_size > 1:
         barrier(ranks.device)
-
-
-def named_wiring(name: str, layers: str, num_layers: int) -> Wiring:
-    """The wiring of a configuration."""
-    return Wiring.named(name, num_layers, parse_layers(layers))
 
 
 def _load_weights(prepared: Prepared, config: TrainingConfig, folder: Path, checkpoint: Path) -> None:

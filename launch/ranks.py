@@ -87,8 +87,9 @@ def _process_group(
     from farskip.parallel.together import say_that_this_rank_failed
 
     device = _device(run.device, local_rank)
-    if run.threads < 0 or run.timeout_s < 1:
-        raise ValueError(f"run.threads={run.threads} and run.timeout_s={run.timeout_s} must be at least 0 and 1")
+    for key, value, least in (("threads", run.threads, 0), ("timeout_s", run.timeout_s, 1)):
+        if value < least:
+            raise ValueError(f"run.{key}={value} is too small; use at least {least}")
     if run.threads or local_size > 1:
         torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // local_size))
     if world_size == 1:

@@ -13,6 +13,7 @@ from farskip.launch.simulate_inputs import sweep_of
 from farskip.launch.simulate_question import Question, ask, missing_times, what_is_missing
 from farskip.launch.simulate_report import Swept, draw, header, pictured, swept_table, table, times_table, to_json
 from farskip.launch.trace import write_atomically, write_bytes
+from farskip.launch.writable import check_file
 from farskip.stage_costs import EP, TP
 from farskip.stage_graph import COLLECTIVES
 
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     model("--top-k", type=int, metavar="K", help="experts per token, for the bytes of collectives")
     wiring = command.add_argument_group("the wirings").add_argument
     wiring("--wirings", default="ordinary,farskip", metavar="NAMES", help="default: ordinary,farskip")
-    wiring("--layers", default="all", metavar="LAYERS", help="that get them: all (default), last:3, 2:5 or [0,4,5]")
+    wiring("--layers", default="all", metavar="LAYERS", help="that get them: all (default), last:3, 2:5, 3 or 0,4,5")
     wiring("--show", metavar="WIRING", help="whose timeline and windows to print (default: the last of --wirings)")
     ranks = command.add_argument_group("the ranks").add_argument
     ranks("--ep", type=int, default=1, metavar="N", help="ranks that share the experts (default: 1)")
@@ -77,6 +78,9 @@ def main(argv: list[str]) -> int:
         ValueError: bad input.
     """
     options = parser().parse_args(argv)
+    for name in ("json", "png"):
+        if getattr(options, name) not in (None, "", "-"):
+            check_file(f"--{name} {getattr(options, name)}", getattr(options, name))
     question = ask(options)
     shown = options.show or question.wirings[-1]
     if shown not in question.wirings:

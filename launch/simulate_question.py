@@ -5,8 +5,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from farskip.launch.config import ParallelConfig
-from farskip.launch.convert import layers_of
 from farskip.launch.simulate_inputs import (
     bandwidth_of,
     given_time,
@@ -84,18 +82,18 @@ def ask(options: argparse.Namespace) -> Question:
         ValueError: what no run could be, or what is not understood.
     """
     name, shape = shape_of(options)
-    ParallelConfig(
-        ep=options.ep, tp=options.tp, chunks=options.chunks, sequence_parallel=options.sequence_parallel
-    ).check()
+    for name in ("ep", "tp", "chunks", "tokens", "number_bytes"):
+        value = getattr(options, name)
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is too small; use at least 1")
+    if options.sequence_parallel and options.tp == 1:
+        raise ValueError("--sequence-parallel has no ranks to share tokens among; add --tp 2 or more, or leave it out")
     is_moe = any(blocks != DENSE for blocks in shape.blocks)
-    check_degrees(math.lcm(max(options.ep, 1), options.tp), max(options.ep, 1), options.tp)
+    check_degrees(math.lcm(options.ep, options.tp), options.ep, options.tp)
     if options.ep > 1 and not is_moe:
         raise ValueError(f"--ep {options.ep}: the model has no experts to spread; leave it out")
     if is_moe:
-        check_experts(shape.num_experts, max(options.ep, 1), options.chunks)
-    for flag, value in (("ep", options.ep), ("tokens", options.tokens), ("number-bytes", options.number_bytes)):
-        if value < 1:
-            raise ValueError(f"--{flag} {value} is too small; use at least 1")
+        check_experts(shape.num_experts, options.ep, options.chunks)
     sequence = options.tokens if options.sequence is None else options.sequence
     if not 1 <= sequence <= options.tokens:
         raise ValueError(f"--sequence {sequence} is outside 1..{options.tokens}, the tokens of a step")
@@ -110,7 +108,7 @@ def ask(options: argparse.Namespace) -> Question:
     layout = Layout(
         tokens=options.tokens,
         sequence=sequence,
-        ep=max(options.ep, 1),
+        ep=options.ep,
         tp=options.tp,
         sequence_parallel=options.sequence_parallel,
         chunks=options.chunks,
@@ -126,7 +124,7 @@ def ask(options: argparse.Namespace) -> Question:
         rates=_rates(options, shape, layout),
         setting=Setting(
             blocks=shape.blocks,
-            layers=layers_of(options.layers),
+            layers=options.layers,
             expert_parallel=options.ep > 1,
             tensor_parallel=options.tp > 1,
             sequence_parallel=options.sequence_parallel,

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from farskip.launch.writable import check_file
 from farskip.trace import TraceReport, inspect
 from farskip.trace_assert import exit_code, junit, parse_condition
 from farskip.trace_csv import render_csv
@@ -73,11 +74,13 @@ def main(argv: list[str]) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
+    if options.stretches < 0:
+        raise ValueError(f"--stretches {options.stretches} is too small; use at least 0, which prints none")
     for text in options.conditions:
         parse_condition(text)
     if options.junit and not options.conditions:
         raise ValueError("--junit needs at least one --assert to report on")
-    _refuse_writing_to_inputs(options)
+    _check_outputs(options)
     report = _inspect(options, options.files, options.schedule)
     comparison = None if options.against is None else report.against(_inspect(options, options.against, None))
     judgements = report.judge(options.conditions)
@@ -118,7 +121,8 @@ def _inspect(options: argparse.Namespace, files: list[str], schedule: str | None
     )
 
 
-def _refuse_writing_to_inputs(options: argparse.Namespace) -> None:
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse to write to a trace, or where nothing can be written."""
     inputs = {os.path.realpath(path) for path in [*options.files, *(options.against or [])]}
     for name in ("json", "details", "csv", "html", "perfetto", "junit"):
         path = getattr(options, name)
@@ -126,6 +130,8 @@ def _refuse_writing_to_inputs(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{name} {path}: this is one of the traces, which are never written to; give another name"
             )
+        if path and path != "-":
+            check_file(f"--{name} {path}", path)
 
 
 def _write_perfetto(report: TraceReport, path: str) -> None:

@@ -1,5 +1,6 @@
 """Load balancing attached to a model: its executor's routing hook, with the family's score function and biases."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,8 +28,11 @@ def balance_model(
         The balancer; None when both are off.
 
     Raises:
-        ValueError: a bias update for routers without a bias, or a model without experts.
+        ValueError: a weight or step below 0, a bias update for routers without a bias, or a model without experts.
     """
+    for key, value in (("aux_coefficient", aux_coefficient), ("bias_rate", bias_rate)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"balance.{key}={value} makes no sense; use 0 or more")
     if not aux_coefficient and not bias_rate:
         return None
     family, attachment = family_of_model(model), attachment_of(model)

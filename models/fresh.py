@@ -7,6 +7,9 @@ from farskip.models.family import Family, families
 from farskip.models.fresh_slices import fresh_model
 from farskip.models.rank_slices import RankSlices
 
+_SIZES = ("num_hidden_layers", "_size", "_heads", "_dim", "_rank")
+"""How keys of a transformers config end that say how large a model is; torch's own words for one below 1 name none."""
+
 
 def family_of_type(name: str) -> Family:
     """The family with this name, which is its transformers model_type unless another family has that.
@@ -21,10 +24,10 @@ def family_of_type(name: str) -> Family:
 
 
 def check_settings(model_type: str, settings: Mapping[str, Any]) -> None:
-    """Refuse a family and keys of a config that do not exist, before anything is built.
+    """Refuse a family and keys of a config that do not exist, and sizes that cannot be, before anything is built.
 
     Raises:
-        ValueError: unknown family, or a key that its config does not have.
+        ValueError: unknown family, a key that its config does not have, or a size below 1.
     """
     import transformers
 
@@ -33,6 +36,9 @@ def check_settings(model_type: str, settings: Mapping[str, Any]) -> None:
     unknown = sorted(key for key in settings if not hasattr(default, key) and key not in family.undeclared_config_keys)
     if unknown:
         raise ValueError(f"model.config has keys that {family.name} does not know: {', '.join(unknown)}")
+    for key, value in settings.items():
+        if key.endswith(_SIZES) and isinstance(value, int) and value < 1:
+            raise ValueError(f"model.config.{key}={value} is too small; use at least 1")
 
 
 def build_model(
@@ -55,7 +61,8 @@ def build_model(
         here: this rank's slices, of which alone it gets memory (`farskip.models.fresh_slices`); None: the whole model.
 
     Raises:
-        ValueError: unknown family, a key that its config does not have, or values that do not go together.
+        ValueError: unknown family, a key that its config does not have, a size below 1, or values that do not go
+            together.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError

@@ -88,7 +88,8 @@ def plans_of(wiring: Mapping[str, Any], blocks: Sequence[tuple[str, ...]]) -> li
         rows = [dict(row) for row in wiring["table"]]
     else:
         chosen = set(wiring["layers"])
-        rows = [NAMED[wiring["name"]] if layer in chosen else {} for layer in range(wiring["num_layers"])]
+        named = NAMED["mlp_only" if wiring["name"] == "parallel" else wiring["name"]]
+        rows = [named if layer in chosen else {} for layer in range(wiring["num_layers"])]
     if len(rows) != len(blocks):
         raise ValueError(f"config.json: the wiring has {len(rows)} layers, the model {len(blocks)}; correct either")
     sources, left_out = [], []

@@ -216,6 +216,8 @@ def _load_transformers(
     except (SafetensorError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "conversion" not in str(error):
             raise
+        if has_safetensors(folder):
+            read_checkpoint(folder)  # its error names the file that is damaged, which safetensors' own does not
         # RuntimeError: transformers could not stack a layer's experts, and only its log says which one is not there.
         absent = _absent_experts(folder) if isinstance(error, RuntimeError) else []
         why = f"missing tensors: {', '.join(absent[:3])}" if absent else " ".join(str(error).split())

@@ -130,8 +130,14 @@ def check_mesh(mesh: DeviceMesh) -> None:
     """Refuse a mesh whose axes this project would read otherwise than its maker meant.
 
     Raises:
+        TypeError: no mesh at all.
         ValueError: an axis ``ep`` beside an axis ``tp``.
     """
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"mesh={mesh!r} is no device mesh; make one with farskip.parallel.mesh.build_mesh(ep, tp=...), and leave "
+            "parallelize out on one rank"
+        )
     names = mesh.mesh_dim_names or ()
     if TP_AXIS in names and EP_AXIS in names:
         raise ValueError(

@@ -193,5 +193,14 @@ def test_a_position_in_another_text_is_refused(tmp_path: Path) -> None:
     loader = build_data(config, tokenizer, rank=0, world_size=1, barrier=no_barrier).train_batches()
     other = config_for(tmp_path, max_documents=2)
     text = build_data(other, tokenizer, rank=0, world_size=1, barrier=no_barrier)
-    with pytest.raises(ValueError, match="saved position in the data is for packed text="):
+    says = "saved position in the data is for data.max_documents=None, but this run has data.max_documents=2; restore"
+    with pytest.raises(ValueError, match=says):
         text.train_batches().load_state_dict(loader.state_dict())
+    shorter = config_for(tmp_path, sequence_length=config.sequence_length // 2)
+    text = build_data(shorter, tokenizer, rank=0, world_size=1, barrier=no_barrier)
+    says = f"data.sequence_length={config.sequence_length}, but this run has data.sequence_length="
+    with pytest.raises(ValueError, match=says):
+        text.train_batches().load_state_dict(loader.state_dict())
+    older = {name: value for name, value in loader.state_dict().items() if name != "packed_by"}
+    with pytest.raises(ValueError, match="saved position in the data is for packed text=packed-"):
+        text.train_batches().load_state_dict(older)

@@ -163,6 +163,16 @@ def test_a_path_that_holds_nothing_is_refused(tmp_path: Path) -> None:
         read(tmp_path, format="saved")
 
 
+@pytest.mark.parametrize(
+    ("kind", "advice"), [("jsonl", "data.format"), ("auto", "data.patterns"), ("text", "data.patterns")]
+)
+def test_a_folder_without_such_files(kind: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.rst").write_text("about")
+    with pytest.raises(ValueError, match=rf"has no file named .*; check the path or {advice}$") as error:
+        read(tmp_path, format=kind)
+    one_line(error)
+
+
 def test_a_mixture_is_refused_until_the_format_is_given(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("about")
     write_json_lines(tmp_path / "a.jsonl", {"text": "one"})

@@ -299,7 +299,11 @@ def test_perfetto_keeps_the_trace_and_adds_lanes(tmp_path: Path, source: str, co
 
 def test_perfetto_of_an_empty_list_of_events(tmp_path: Path) -> None:
     path = tmp_path / "rank0.json"
-    path.write_text('{"traceEvents": [ ]}')
+    path.write_text(
+        '{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a", "ts": 1, "dur": 1, "pid": 1, "tid": 1}]}'
+    )
+    report = inspect(path).ranks[0]
+    path.write_text('{"traceEvents": [ ]}')  # nothing to put a comma behind
     out = io.BytesIO()
-    write_perfetto(inspect(path).ranks[0], str(path), out, compressed=False)
+    write_perfetto(report, str(path), out, compressed=False)
     assert len(json.loads(out.getvalue())["traceEvents"]) == 5

@@ -175,10 +175,13 @@ def test_wrong_schema(tmp_path: Path, text: str, expected: str) -> None:
     one_line(path, expected)
 
 
-def test_a_trace_without_any_row_is_an_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ['{"traceEvents": []}', "[]", '{"traceEvents": [{"ph": "M", "name": "process_name"}]}']
+)
+def test_a_trace_without_any_row(text: str, tmp_path: Path) -> None:
     path = tmp_path / "rank0.json"
-    path.write_text('{"traceEvents": []}')
-    assert inspect(path).ranks[0].device == "none"
+    path.write_text(text)
+    one_line(path, "traceEvents has no event with a time; profile a whole step")
 
 
 def test_unreadable_paths(tmp_path: Path) -> None:

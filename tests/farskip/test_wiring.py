@@ -94,7 +94,11 @@ def test_farskip_is_parallel_on_dense_models() -> None:
 
 def test_parallel_is_mlp_only_under_its_usual_name() -> None:
     assert Wiring.named("parallel", 3) == Wiring.named("mlp_only", 3)
-    assert Wiring.named("parallel", 3).name == "mlp_only"
+    wiring = Wiring.named("parallel", 3)
+    assert wiring.name == "mlp_only"
+    record = wiring.to_dict()
+    assert record["name"] == "mlp_only"  # as checkpoints have it since the first one
+    assert Wiring.from_dict(record) == Wiring.from_dict({**record, "name": "parallel"}) == wiring
 
 
 # -- the two rules --------------------------------------------------------------------------------------------------
@@ -155,6 +159,9 @@ def test_names_of_outputs_that_the_layer_before_lacks_mean_nothing() -> None:
         ("last:5", (0, 1, 2, 3, 4)),
         ("2:4", (2, 3)),
         ("2:2", ()),
+        ("3", (3,)),
+        ("0,4, 2", (0, 2, 4)),
+        ("[3, 0,4,3]", (0, 3, 4)),
         ([4, 0, 4], (0, 4)),
         ((1,), (1,)),
         (range(1, 3), (1, 2)),
@@ -175,7 +182,12 @@ def test_layers_forms(layers: Any, expected: tuple[int, ...]) -> None:
         ("-1:2", "is not understood"),
         ("some", "is not understood"),
         ("", "is not understood"),
-        ("3", "is not understood"),
+        ("[]", "names no layer; name one or more"),
+        ("[ ]", "names no layer; name one or more"),
+        ("[1,x]", "is not understood"),
+        ("0,,2", "is not understood"),
+        ("[0,2", "is not understood"),
+        ("0,7", r"layer 7 is outside 0\.\.4"),
         ([5], r"layer 5 is outside 0\.\.4"),
         ([-1], r"layer -1 is outside 0\.\.4"),
         ([1.5], r"1\.5 is not a layer number"),
@@ -212,6 +224,8 @@ def test_a_wiring_survives_a_dict_and_yaml(wiring: Wiring) -> None:
         (Wiring.named("farskip", 4), "farskip on 4 of 4 layers (0-3)"),
         (Wiring.named("ladder", 6, [0, 1, 4]), "ladder on 3 of 6 layers (0-1, 4)"),
         (Wiring.named("farskip", 4, "first:0"), "ordinary (4 layers)"),
+        (Wiring.named("parallel", 4), "parallel on 4 of 4 layers (0-3)"),
+        (Wiring.named("mlp_only", 4, "last:2"), "parallel on 2 of 4 layers (2-3)"),
         (custom({"routed": ("attention",)}, {}), "custom on 1 of 2 layers (0)"),
     ],
 )

@@ -1,5 +1,6 @@
 """The kernel benchmark without a GPU: it refuses, its cases agree with plain torch, its floors are the arithmetic."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,31 @@ def small(shape: ModelShape) -> ModelShape:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time")
-def test_refuses_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert bench_kernels.main(["--out", str(tmp_path / "results")]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert "no CUDA device" in captured.err
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "this machine has no CUDA device, so there is nothing to time"),
+        (["--models", "gpt"], "--models gpt is unknown; choose from "),
+        (["--tokens", "0"], "--tokens 0 is too small; use at least 1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_timed(
+    words: list[str], says: str, farskip_command: Callable[[list[str]], tuple[int, str, str]], tmp_path: Path
+) -> None:
+    code, out, error = farskip_command(["bench", "kernels", "--out", str(tmp_path / "results"), *words])
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith(f"farskip bench kernels: {says}")
     assert not (tmp_path / "results").exists()
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_kernels.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("--models NAME [NAME ...] whose sizes: deepseek_v3,", "--tokens N [N ...] of one call", "--ops OP"):
+        assert words in text
+    assert "Decides" not in text  # words for who reads the source
 
 
 @pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)

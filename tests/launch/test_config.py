@@ -1,5 +1,7 @@
 """Settings: what is documented, what is frozen, and what a wrong one is answered."""
 
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -8,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from farskip.launch.bench_config import BenchOverlapConfig
 from farskip.launch.config import DemoConfig, DistillConfig, PretrainConfig
-from farskip.launch.hydra_command import documented_keys, run_hydra
+from farskip.launch.hydra_command import documented_keys, help_text, run_hydra
+from farskip.wiring import select_layers
 
 CONFIGS = {"pretrain": PretrainConfig, "distill": DistillConfig, "demo": DemoConfig}
 Command = Callable[[list[str]], tuple[int, str, str]]
@@ -99,6 +103,11 @@ WRONG = {
     ),
     "open bracket": ("data.patterns=[a", "data.patterns=[a: "),
     "several values": ("training.num_steps=1,2", "training.num_steps=1,2 has several values: --multirun runs each"),
+    "several layers": (
+        "wiring.layers=0,2",
+        "wiring.layers=0,2 has several values: --multirun runs each, a list is written wiring.layers=[0,2], ",
+    ),
+    "words as layers": ("wiring.layers=[a]", "wiring.layers: Cannot convert 'list' to string"),
     "no such model": ("model=foo", "there is no model=foo; choose demo or qwen3_tiny"),
     "interpolation": ("run.folder=${wiring.nme}", "run.folder: Interpolation key 'wiring.nme' not found"),
     "option": ("--verbose", "there is no option '--verbose'; settings are given as key=value, --help lists them"),
@@ -148,12 +157,15 @@ def test_values_of_every_kind() -> None:
     assert config.wiring.layers == "0,2"
 
 
-def test_a_list_of_layers_needs_no_quotes() -> None:
-    from farskip.launch.job import parse_layers
+@pytest.mark.parametrize("word", ["[0,2]", "[ 0, 2 ]", "'[0,2]'", "'0,2'", "0\\,2"])
+def test_a_list_of_layers_needs_no_quotes(word: str) -> None:
+    (config,) = composed("pretrain", f"wiring.layers={word}")
+    assert select_layers(config.wiring.layers, 3) == (0, 2)
 
-    (config,) = composed("pretrain", "wiring.layers='[0,2]'")
-    assert parse_layers(config.wiring.layers) == [0, 2]
-    assert parse_layers("last:2") == "last:2"
+
+def test_layers_of_every_form_in_a_multirun() -> None:
+    argv = ["-m", "wiring.layers=[0,2],last:2,1", "run.folder=${wiring.layers}"]
+    assert [config.wiring.layers for config in composed("pretrain", *argv)] == ["[0,2]", "last:2", "1"]
 
 
 def test_a_home_folder() -> None:
@@ -174,6 +186,18 @@ def test_another_model() -> None:
     (config,) = composed("pretrain", "model=qwen3_tiny")
     assert config.model.family == "qwen3_moe"
     assert "kv_lora_rank" not in config.model.config
+
+
+@pytest.mark.parametrize("command", [*CONFIGS, "bench_overlap"])
+def test_the_examples_of_the_help_are_of_that_command(command: str) -> None:
+    config_class = {**CONFIGS, "bench_overlap": BenchOverlapConfig}[command]
+    lines = help_text(config_class(), "").splitlines()
+    (swept,) = [shlex.split(line) for line in lines if line.startswith("  --multirun ")]
+    (quoted,) = [re.findall(r"'.*'", line) for line in lines if line.startswith("A list is written")]
+    for words, num_runs in ((swept, 2), (shlex.split(quoted[0]), 1)):
+        seen: list[Any] = []
+        run_hydra(command, config_class, lambda config, seen=seen: seen.append(config) or True, words, intro="")
+        assert len(seen) == num_runs
 
 
 def test_multirun_runs_every_combination(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import farskip
-from farskip.launch.convert import layers_of, parser
+from farskip.launch.convert import parser
 from farskip.models.testing_models import tiny_model
 
 Call = Callable[[list[str]], tuple[int, str, str]]
@@ -90,6 +90,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(checkpoint: Path, tmp_path: Pa
     bad([str(checkpoint), out, "--wiring", "farskp"], "did you mean 'farskip'", farskip_command)
     bad([str(checkpoint), out, "--wiring", "farskip", "--layers", "9:12"], "STOP <= 4", farskip_command)
     bad([str(checkpoint), out, "--wiring", "farskip", "--layers", "[1,x]"], "is not understood", farskip_command)
+    bad([str(checkpoint), out, "--wiring", "farskip", "--layers", "[]"], "names no layer", farskip_command)
     bad([str(checkpoint), out, "--layers", "last:1"], "needs a wiring", farskip_command)
     bad([str(checkpoint), out, "--to", "instella"], "cannot be said in Instella-MoE's format", farskip_command)
     bad([str(checkpoint), str(checkpoint)], "the output is the checkpoint itself", farskip_command)
@@ -108,9 +109,11 @@ def test_a_wrong_option_is_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_layers_in_words() -> None:
-    assert layers_of("all") == "all" and layers_of("last:3") == "last:3" and layers_of("[3, 0,4]") == [3, 0, 4]
-    assert layers_of("[]") == []
+@pytest.mark.parametrize("layers", ["0,2", "[0,2]", "2"])
+def test_layers_in_numbers(layers: str, checkpoint: Path, tmp_path: Path, farskip_command: Call) -> None:
+    words = ["convert", str(checkpoint), str(tmp_path / "out"), "--wiring", "farskip", "--layers", layers]
+    code, out, _ = farskip_command(words)
+    assert code == 0 and f"({layers.strip('[]').replace(',', ', ')})" in out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)

@@ -322,7 +322,11 @@ BAD = {
     "dtype": (["model.dtype=int8"], "model.dtype='int8' is unknown; use one of float32, bfloat16, auto"),
     "no layers": (["wiring.layers=first:0"], ""),
     "ordinary": (["wiring.name=ordinary"], "wiring: "),
-    "layers beyond the end": (["wiring.layers=0,7"], ""),
+    "an empty list of layers": (
+        ["wiring.layers=[]"],
+        "layers '[]' names no layer; name one or more, as [0,4,5], or all",
+    ),
+    "layers beyond the end": (["wiring.layers=[0,7]"], "layers '[0,7]': layer 7 is outside 0..2 of this model"),
     "no text": (["data.path=''"], "data.path is empty; give a folder or file with text"),
     "nothing held out": (["data.heldout_fraction=0"], "there is no held-out text; set data.heldout_fraction above 0"),
     "too little text": (["data.batch_size=100000"], "the held-out text fills "),

@@ -118,7 +118,6 @@ def test_json(farskip_command: Call, tmp_path: Path) -> None:
         (["--ranks", "0"], "--ranks 0 is too small; use at least 1"),
         (["--ranks-per-host", "-1"], "--ranks-per-host -1 is too small"),
         (["--layers", "last:2"], "--layers last:2 goes with --wiring NAME; add it"),
-        (["--model", "x", "--wiring", "farskip", "--layers", "[a]"], "layers '[a]' is not understood"),
     ],
 )
 def test_bad_flags_are_one_line(words: list[str], message: str, farskip_command: Call) -> None:
@@ -337,6 +336,8 @@ def test_no_window_is_a_warning(checkpoint: Path, farskip_command: Call) -> None
         (["--chunks", "0"], "parallel", "parallel.chunks=0 is too small"),
         (["--wiring", "farskp"], "wiring", "wiring 'farskp' is unknown; did you mean 'farskip'?"),
         (["--wiring", "ladder", "--layers", "last:9"], "wiring", "layers 'last:9': the model has only 4 layers"),
+        (["--wiring", "ladder", "--layers", "[a]"], "wiring", "layers '[a]' is not understood"),
+        (["--wiring", "ladder", "--layers", "0,9"], "wiring", "layers '0,9': layer 9 is outside 0..3 of this model"),
     ],
 )
 def test_what_a_run_would_refuse(

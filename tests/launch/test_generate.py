@@ -78,7 +78,7 @@ def test_the_continuation_of_the_wired_model(checkpoint: Path, farskip_command: 
     assert farskip_out == expected(checkpoint) and len(farskip_out) > 12
     ordinary = run(checkpoint, farskip_command, "--wiring", "ordinary")
     assert ordinary == expected(checkpoint, wiring="ordinary") != farskip_out
-    part = run(checkpoint, farskip_command, "--wiring=ladder", "--layers=[3]")
+    part = run(checkpoint, farskip_command, "--wiring=ladder", "--layers=3")
     assert part not in (ordinary, farskip_out)
 
 

@@ -250,6 +250,11 @@ def test_the_middle_of_a_model() -> None:
     ("words", "message"),
     [
         ([], "give either --model FOLDER or --num-layers N"),
+        (
+            ["--num-layers", "2", "--layers", "0,2"],
+            "layers '0,2': layer 2 is outside 0..1",
+        ),
+        (["--num-layers", "2", "--layers", "[]"], "layers '[]' names no layer"),
         (["--model", "nowhere"], "nowhere: no config.json there"),
         (["--model", "MODEL", "--num-layers", "3"], "give either --model FOLDER or --num-layers N"),
         (["--model", "MODEL", "--hidden", "3"], "--hidden goes with --num-layers"),
@@ -262,11 +267,14 @@ def test_the_middle_of_a_model() -> None:
         (["--model", "MODEL", "--ep", "2", "--chunks", "8", "--tokens", "4"], "--chunks 8 of --tokens 4 would have no"),
         (["--model", "MODEL", "--ep", "7"], "expert parallelism of 7 does not divide 64 experts: choose a divisor"),
         (["--model", "MODEL", "--ep", "0"], "--ep 0 is too small; use at least 1"),
+        (["--model", "MODEL", "--ep", "-1"], "--ep -1 is too small; use at least 1"),
+        (["--model", "MODEL", "--tp", "0"], "--tp 0 is too small; use at least 1"),
+        (["--model", "MODEL", "--ep", "2", "--chunks", "0"], "--chunks 0 is too small; use at least 1"),
         (["--model", "MODEL", "--ep", "2", "--tp", "4"], "ep=2 is not a multiple of tp=4"),
         (["--num-layers", "2", "--ep", "2"], "--ep 2: the model has no experts to spread; leave it out"),
         (
             ["--model", "MODEL", "--sequence-parallel"],
-            "parallel.sequence_parallel=true with parallel.tp=1 has no",
+            "--sequence-parallel has no ranks to share tokens among; add --tp 2",
         ),
         (["--model", "MODEL", "--chunks", "2"], "--chunks 2: nothing travels in chunks without --ep"),
         (["--model", "MODEL", "--tokens", "0"], "--tokens 0 is too small; use at least 1"),

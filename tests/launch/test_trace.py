@@ -108,6 +108,7 @@ def test_bad_input_is_one_line(trace: str, tmp_path: Path, capsys: pytest.Captur
     bad([trace, "--against", other], "not comparable", capsys)
     bad([trace, "--include-last-step"], "belongs to --mode hta", capsys)
     bad([trace, "--device", "5"], "no rows of device 5", capsys)
+    bad([trace, "--stretches", "-4"], "--stretches -4 is too small; use at least 0", capsys)
     bad([trace, "--quiet", "--json", str(tmp_path / "absent" / "r.json")], "does not exist; create it first", capsys)
 
 

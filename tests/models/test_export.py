@@ -457,6 +457,14 @@ def test_the_file_resolves_a_wiring_as_the_core_does(wiring: Wiring, stack: str)
         assert plan.partial_out == (partial_base(inputs.blocks, later) if later else None)
 
 
+def test_the_file_reads_both_names_of_parallel() -> None:
+    record = Wiring.named("parallel", 4).to_dict()
+    blocks = STACKS["mixed"]
+    assert modeling_farskip.plans_of({**record, "name": "parallel"}, blocks) == modeling_farskip.plans_of(
+        record, blocks
+    )
+
+
 # -- config without a model -------------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,11 @@ def test_weights_depend_on_the_seed_alone(family: str) -> None:
 BAD = {
     "key": ({"hiden_size": 3}, r"model\.config has keys that .* does not know: hiden_size"),
     "type": ({"hidden_size": "big"}, r"model\.config does not make a .*: .*hidden_size"),
+    "no layers": ({"num_hidden_layers": 0}, r"model\.config\.num_hidden_layers=0 is too small; use at least 1"),
+    "negative": (
+        {"moe_intermediate_size": -8},
+        r"model\.config\.moe_intermediate_size=-8 is too small; use at least 1",
+    ),
     "heads": ({"num_attention_heads": 3, "num_key_value_heads": 2}, "num_attention_heads=3 is no multiple of num_key"),
     "too many experts per token": ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be at least 1 and at most"),
     "no experts per token": ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 must be at least 1"),

@@ -527,6 +527,11 @@ def test_a_family_without_a_plan_is_refused() -> None:
         check_tensor_parallel(model, family, blocks, 2)
 
 
+def test_no_mesh_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^mesh=None is no device mesh; make one with .*build_mesh"):
+        parallelize(build(CASES["llama"]), None)  # type: ignore[arg-type]
+
+
 def test_a_plan_that_gathers_is_refused() -> None:
     """As transformers' own plan of OLMoE does for the norms over all heads."""
     model = build(CASES["olmoe"])
