@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from farskip.launch.writable import check_place
+
 _CONFIG, _LOCK = "config.yaml", ".lock"
 
 STAGE_TIMES = "stage_times.json"
@@ -85,9 +87,7 @@ def check_run_folder(folder: Path, *, resume: bool, config: Any = None) -> list[
 def _check_place(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run.folder={folder} is a file: give a folder")
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"run.folder={folder}: cannot write in {nearest}; give a folder in a place of yours")
+    check_place(f"run.folder={folder}", folder / _LOCK)
 
 
 def _changed(folder: Path, config: Any) -> list[str]:

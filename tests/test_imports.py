@@ -160,6 +160,7 @@ _PLANTED = {
 }
 
 
+@pytest.mark.slow
 def test_planted_side_effects_are_found(tmp_path: Path) -> None:
     names = {}
     for number, (effect, source) in enumerate(_PLANTED.items()):

@@ -153,6 +153,7 @@ def peaks_of_load(folder: str, small: str) -> tuple[int, int, int]:
     return sliced, whole, share_of_rank
 
 
+@pytest.mark.slow
 def test_the_peak_of_memory_is_about_the_share(tmp_path: Path) -> None:
     """In fresh ranks, whose allocator has nothing in store."""
     folder = saved("qwen3_moe", tmp_path / "model", hidden_size=64, moe_intermediate_size=4096, mlp_only_layers=[])
