@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     run("--ep", type=int, default=0, metavar="N", help="ranks that share the experts (default: all ranks)")
     run("--tp", type=int, default=1, metavar="N", help="ranks that share attention, MLPs, shared experts")
     run("--sequence-parallel", action="store_true", help="with --tp: they share the stream, too")
+    run("--shard-optimizer", action="store_true", help="ranks that hold the same divide AdamW's state")
     run("--chunks", type=int, default=1, metavar="N", help="parts into which tokens are cut on their way")
     run("--capacity", type=int, default=0, metavar="N", help="rows that an expert takes (default: no limit)")
     run("--ranks", type=int, metavar="N", help="of the job (default: torchrun's WORLD_SIZE, else what ep and tp need)")
@@ -88,6 +89,7 @@ def examine(options: argparse.Namespace) -> list[Finding]:
         ep=options.ep,
         tp=options.tp,
         sequence_parallel=options.sequence_parallel,
+        shard_optimizer=options.shard_optimizer,
         chunks=options.chunks,
         capacity=options.capacity,
     )

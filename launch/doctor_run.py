@@ -19,7 +19,6 @@ from farskip.simulator import StageTimes, choose_schedule, simulate
 from farskip.stage_graph import build_stage_graph
 from farskip.wiring import LayerBlocks, Wiring
 
-_STATE_BYTES = {"parameters": 4, "gradients": 4, "AdamW": 8}
 """Per parameter: training keeps it in fp32, and two moments of it."""
 _PLAIN_NUMBERS = ("F64", "F32", "BF16", "F16")
 """Numbers that are stored one by one; quantized ones may be packed."""
@@ -102,7 +101,7 @@ def checkpoint(
         return found
     if chosen is not None:
         found += _windows(chosen, inputs, parallel, ep > 1 and bool(experts))
-    return found + _memory(model, family, experts, ep, parallel.tp, job)
+    return found + _memory(model, family, experts, ep, parallel, job)
 
 
 def _without_memory(family: Any, config: Any) -> Any:
@@ -162,16 +161,20 @@ def _windows(wiring: Wiring, inputs: Any, parallel: ParallelConfig, expert_paral
     return [ok("overlap", f"{wiring}: there is compute to hide collectives under; farskip simulate says how much")]
 
 
-def _memory(model: Any, family: Any, experts: list[Any], ep: int, tp: int, job: Job) -> list[Finding]:
+def _memory(model: Any, family: Any, experts: list[Any], ep: int, parallel: ParallelConfig, job: Job) -> list[Finding]:
     """What a rank holds of parameters, gradients and optimizer, against what there is."""
     from farskip.models.tensor_parallel import cut_parameters
 
-    if tp > 1:
-        cut_parameters(model, family, 0, tp)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    if parallel.tp > 1:
+        cut_parameters(model, family, 0, parallel.tp)
     of_experts = sum(parameter.numel() for each in experts for parameter in each.parameters(recurse=False))
     count = sum(parameter.numel() for parameter in model.parameters()) - of_experts + of_experts // ep
-    parts = ", ".join(f"{what} {size_text(size * count)}" for what, size in _STATE_BYTES.items())
-    pretrain = sum(_STATE_BYTES.values()) * count
+    # Ranks that hold the same divide its update, so each has an equal part of the whole; a few tensors are not divided.
+    updated = whole // job.ranks if parallel.shard_optimizer else count
+    held = {"parameters": 4 * count, "gradients": 4 * count, "AdamW": 8 * updated}
+    parts = ", ".join(f"{what} {size_text(size)}" for what, size in held.items())
+    pretrain = sum(held.values())
     distill = pretrain + _ORIGINAL_BYTES * count
     text = (
         f"a rank holds {count:,} parameters: {parts}, together {size_text(pretrain)}; with the original, in distill, "
@@ -187,5 +190,6 @@ def _memory(model: Any, family: Any, experts: list[Any], ep: int, tp: int, job: 
     if max(pretrain, distill) <= size:
         return [ok("memory", text)]
     text += f": too little{'' if pretrain > size else ' for distill'}; use more ranks, a larger ep or tp"
+    text += "" if parallel.shard_optimizer or job.ranks == 1 else ", or divide the optimizer (--shard-optimizer)"
     # A machine without devices may only be where a run is planned.
     return [error("memory", text) if pretrain > size and where == DEVICE else warning("memory", text)]

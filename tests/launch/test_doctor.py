@@ -13,6 +13,7 @@ from farskip.launch import doctor_machine, doctor_run
 from farskip.launch.doctor import parser
 from farskip.launch.doctor_environment import Job, job_of, network, settings, threads, torchrun
 from farskip.launch.doctor_machine import Finding, Level, compare_versions, devices, extras, room
+from farskip.models.folder_copy import size_text
 from farskip.models.testing_models import tiny_model
 
 Call = Callable[[list[str]], tuple[int, str, str]]
@@ -62,7 +63,7 @@ def test_options_are_frozen() -> None:
     options = {option for action in parser()._actions for option in action.option_strings if option.startswith("--")}
     assert options == {
         "--help", "--model", "--wiring", "--layers", "--ep", "--tp", "--sequence-parallel", "--chunks", "--capacity",
-        "--ranks", "--ranks-per-host", "--runs", "--strict", "--quiet", "--json",
+        "--shard-optimizer", "--ranks", "--ranks-per-host", "--runs", "--strict", "--quiet", "--json",
     }  # fmt: skip
 
 
@@ -301,6 +302,18 @@ def test_parameters_of_a_rank_are_those_that_parallelize_leaves(
     assert found["memory"][1].startswith(f"a rank holds {count:,} parameters: ")
 
 
+@pytest.mark.parametrize(("ep", "tp", "ranks"), [(1, 1, 4), (2, 1, 4), (1, 2, 4), (4, 1, 4)])
+def test_a_divided_optimizer_is_counted_as_the_ranks_divide_it(
+    ep: int, tp: int, ranks: int, checkpoint: Path, farskip_command: Call
+) -> None:
+    """However the model is spread, every rank then has an equal part of the whole model's state."""
+    model = tiny_model("qwen3_moe")
+    state = 8 * (sum(parameter.numel() for parameter in model.parameters()) // ranks)
+    words = ["--ep", str(ep), "--tp", str(tp), "--ranks", str(ranks), "--shard-optimizer"]
+    said = about(farskip_command, checkpoint, *words)[1]["memory"][1]
+    assert f"AdamW {size_text(state)}, together" in said
+
+
 def test_memory_that_is_too_little(checkpoint: Path, farskip_command: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     count = sum(parameter.numel() for parameter in tiny_model("qwen3_moe").parameters())
     for size, level in ((20 * count, "ok"), (18 * count, "warning"), (15 * count, "error")):
@@ -312,6 +325,7 @@ def test_memory_that_is_too_little(checkpoint: Path, farskip_command: Call, monk
     found = about(farskip_command, checkpoint, "--ep", "2", "--ranks-per-host", "2")[1]
     assert found["memory"][0] == "warning"  # a run may be planned here for another one
     assert "on this machine for each of 2 ranks: too little; use more ranks" in found["memory"][1]
+    assert "or divide the optimizer (--shard-optimizer)" in found["memory"][1]
 
 
 def test_no_window_is_a_warning(checkpoint: Path, farskip_command: Call) -> None:
