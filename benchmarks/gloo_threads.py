@@ -4,6 +4,7 @@ Two hosts as network namespaces over a rate-limited veth pair (Linux, root), one
 
     token    an all-reduce of 16 kB behind a millisecond of compute, waited for at once: the decoding of one token
     layer    an all-to-all of 1.3 MB each way under as much compute as it takes to hide it: a dispatch under attention
+    pair     the same bytes by isend and irecv instead of a collective, without compute
 
 Each case is timed with ordinary and with realtime threads in turn, from a barrier to the end on the slower host. For
 `layer`, `compute alone` is the same without the exchange. Prints a table and writes JSON.
@@ -50,9 +51,16 @@ def measure(ranks: Ranks, options: argparse.Namespace) -> None:
         compute(1e-3 * options.compute_ms)
         pending.wait()
 
+    def pair() -> None:
+        works = [dist.irecv(rows[half:], 1 - ranks.rank), dist.isend(rows[:half], 1 - ranks.rank)]
+        for work in works:
+            assert work is not None
+            work.wait()
+
     cases: dict[str, Callable[[], None]] = {
         "token": one_token,
         "layer": layer,
+        "pair": pair,
         "compute alone": lambda: compute(1e-3 * options.compute_ms),
     }
     times: dict[tuple[str, GlooThreads], list[float]] = {(case, mode): [] for case in cases for mode in MODES}

@@ -5,6 +5,11 @@ sum) waits until its thread has a core. Where ranks compute on all cores, Linux'
 milliseconds, many times per exchange, and compute that was to hide the exchange ends before it. Realtime threads have a
 core at once; they need little of it. What a stream of high priority is to NCCL, this is to gloo.
 
+Not beside isend and irecv, as pipelines use them: there the thread that computes holds a connection's lock while it
+writes, gloo's thread asks for that lock again and again instead of waiting, and a realtime one on the same core never
+lets go of it. A transfer of 22 ms then takes a second, after which Linux takes the core away. Collectives do all of
+that in gloo's threads; this project uses nothing else.
+
 Measured by benchmarks/gloo_threads.py; its figures are in benchmarks/results/gloo_threads.json.
 
 A realtime thread needs a right: root, CAP_SYS_NICE, or a limit of realtime priority above 0 (`ulimit -r`). Linux only.
@@ -39,7 +44,8 @@ class GlooThreads(StrEnum):
 def set_gloo_threads(wish: GlooThreads | str) -> bool:
     """Put the gloo threads of this process ahead of compute, or in line with it.
 
-    A process group that is made later brings threads of its own: call it again.
+    A process group that is made later brings threads of its own: call it again. Only for jobs whose transfers over gloo
+    are collectives: with send and receive, realtime threads can keep compute from a core (top of this file).
 
     Args:
         wish: one of `GlooThreads`, or its value: ``realtime``; ``auto``, that where this process may; ``ordinary``, as

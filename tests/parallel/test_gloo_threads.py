@@ -132,6 +132,19 @@ def test_without_linux_it_is_refused_or_left_as_it_is(monkeypatch: pytest.Monkey
         set_gloo_threads("realtime")
 
 
+def test_nothing_is_sent_outside_of_collectives() -> None:
+    """Beside send and receive a realtime thread of gloo's can keep the core from the one that it waits for."""
+    root = Path(gloo_threads.__file__).resolve().parents[1]
+    words = ("isend", "irecv", "dist.send(", "dist.recv(")
+    found = [
+        path.name
+        for folder in ("farskip", "models", "parallel", "launch")
+        for path in (root / folder).glob("*.py")
+        if path.name != "gloo_threads.py" and any(word in path.read_text() for word in words)
+    ]
+    assert not found
+
+
 def test_an_unknown_wish_is_refused() -> None:
     with pytest.raises(ValueError, match="soon"):
         set_gloo_threads("soon")
