@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farskip.batch import Batch
-from farskip.data_config import DataConfig
+from farskip.data_config import NO_HELDOUT, DataConfig
 from farskip.data_loader import PackedSequences, ShuffledBatches, TrainBatches, heldout_rows
 from farskip.data_packing import PackedText, pack_text, read_packed
 from farskip.data_tokenizer import build_tokenizer, tokenizer_fingerprint
@@ -82,7 +82,7 @@ class TextData:
         if num_batches < 1:
             raise ValueError(f"{num_batches} held-out batches were asked for; ask for at least 1")
         if num_sequences == 0:
-            raise ValueError("there is no held-out text; set data.heldout_fraction above 0 or give data.heldout_path")
+            raise ValueError(NO_HELDOUT)
         self._check_size(num_sequences, "held-out")
         sequences = PackedSequences(self._packed.folder, "heldout", num_sequences, config.sequence_length)
         rows = heldout_rows(num_sequences, num_batches, config.batch_size, self._rank, self._world_size)

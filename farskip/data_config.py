@@ -10,6 +10,7 @@ FORMATS = ("auto", "text", "jsonl", "parquet", "saved")
 DEFAULT_END_OF_DOCUMENT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
 """256 byte symbols and the end-of-document token: the smallest byte-level vocabulary that can spell any text."""
+NO_HELDOUT = "there is no held-out text; set data.heldout_fraction above 0 or give data.heldout_path"
 
 
 @dataclass(kw_only=True)
@@ -48,6 +49,15 @@ class DataConfig:
     """Read only this many documents of the path (and as many of heldout_path); null: all."""
     cache_dir: str = "~/.cache/farskip"
     """Folder for packed tokens and trained tokenizers; every rank of a job must see the same one."""
+
+    def check_heldout(self) -> None:
+        """Refuse to measure where no text is kept for it.
+
+        Raises:
+            ValueError: neither a share of the documents nor a path of its own.
+        """
+        if self.heldout_path is None and self.heldout_fraction == 0:
+            raise ValueError(NO_HELDOUT)
 
     def check(self) -> None:
         """Refuse values that no later step can use.

@@ -19,7 +19,6 @@ from farskip.simulator import StageTimes, choose_schedule, simulate
 from farskip.stage_graph import build_stage_graph
 from farskip.wiring import LayerBlocks, Wiring
 
-"""Per parameter: training keeps it in fp32, and two moments of it."""
 _PLAIN_NUMBERS = ("F64", "F32", "BF16", "F16")
 """Numbers that are stored one by one; quantized ones may be packed."""
 _ORIGINAL_BYTES = 4
@@ -172,6 +171,7 @@ def _memory(model: Any, family: Any, experts: list[Any], ep: int, parallel: Para
     count = sum(parameter.numel() for parameter in model.parameters()) - of_experts + of_experts // ep
     # Ranks that hold the same divide its update, so each has an equal part of the whole; a few tensors are not divided.
     updated = whole // job.ranks if parallel.shard_optimizer else count
+    # training keeps parameters in fp32, and AdamW two moments of each
     held = {"parameters": 4 * count, "gradients": 4 * count, "AdamW": 8 * updated}
     parts = ", ".join(f"{what} {size_text(size)}" for what, size in held.items())
     pretrain = sum(held.values())

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from farskip.checkpoint import CheckpointStore, latest_checkpoint, read_manifest
 from farskip.data import TextData, build_data, build_tokenizer
 from farskip.data_config import DataConfig
+from farskip.data_sources import find_source
 from farskip.evaluation import Evaluation, autocast, evaluate
 from farskip.lanes import SideStream
 from farskip.launch.config import (
@@ -96,14 +97,13 @@ def check_run(config: PretrainConfig | DistillConfig, folder: Path, ranks: Ranks
     config.parallel.check()
     config.data.check()
     Wiring.named(config.wiring.name, 0)
-    for key in ("path", "heldout_path"):
-        path = getattr(config.data, key)
-        if path is not None and not Path(path).expanduser().exists():
-            raise ValueError(f"data.{key}={path} does not exist; give a folder or file with text")
-    if needs_heldout and config.data.heldout_path is None and config.data.heldout_fraction == 0:
-        raise ValueError("there is no held-out text; set data.heldout_fraction above 0 or give data.heldout_path")
+    if needs_heldout:
+        config.data.check_heldout()
     if ranks.rank != 0:
         return
+    find_source(config.data.path, config.data)
+    if config.data.heldout_path is not None:
+        find_source(config.data.heldout_path, config.data, "data.heldout_path")
     resume = config.run.resume
     changed = check_run_folder(folder, resume=resume, config=config)
     newest = latest_checkpoint(folder / CHECKPOINTS) if resume else None

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from farskip.launch.hydra_command import documented_keys
 from farskip.launch.writable import check_place
 
 _CONFIG, _LOCK = "config.yaml", ".lock"
@@ -94,27 +95,19 @@ def _changed(folder: Path, config: Any) -> list[str]:
     """Settings that are not those of the run so far, unless they have to be."""
     from omegaconf import OmegaConf
 
-    before = _flat(OmegaConf.to_container(OmegaConf.load(folder / _CONFIG)))
+    before, now, unknown = OmegaConf.load(folder / _CONFIG), OmegaConf.structured(config), object()
     changed = []
-    for key, value in _flat(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)).items():
-        if key not in before or before[key] == value or key.startswith("run."):
+    for key, _, _ in documented_keys(config):
+        was, is_now = OmegaConf.select(before, key, default=unknown), OmegaConf.select(now, key)
+        if was is unknown or was == is_now or key.startswith("run."):
             continue
         if key.split(".")[0] in _KEPT:
             raise ValueError(
-                f"{key}={value}, and the run in {folder} has {key}={before[key]}: resume it with that, "
+                f"{key}={is_now}, and the run in {folder} has {key}={was}: resume it with that, "
                 "or start another one in another run.folder"
             )
-        changed.append(f"{key}={value} (was {before[key]})")
+        changed.append(f"{key}={is_now} (was {was})")
     return changed
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """By dotted key."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        key = f"{prefix}{name}"
-        found.update(_flat(value, f"{key}.") if isinstance(value, dict) and value else {key: value})
-    return found
 
 
 def write_config(config: Any, folder: Path) -> None:

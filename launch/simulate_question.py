@@ -82,10 +82,10 @@ def ask(options: argparse.Namespace) -> Question:
         ValueError: what no run could be, or what is not understood.
     """
     name, shape = shape_of(options)
-    for name in ("ep", "tp", "chunks", "tokens", "number_bytes"):
-        value = getattr(options, name)
+    for flag in ("ep", "tp", "chunks", "tokens", "number_bytes"):
+        value = getattr(options, flag)
         if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is too small; use at least 1")
+            raise ValueError(f"--{flag.replace('_', '-')} {value} is too small; use at least 1")
     if options.sequence_parallel and options.tp == 1:
         raise ValueError("--sequence-parallel has no ranks to share tokens among; add --tp 2 or more, or leave it out")
     is_moe = any(blocks != DENSE for blocks in shape.blocks)

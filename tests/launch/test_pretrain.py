@@ -1,6 +1,7 @@
 """`farskip pretrain` as a user calls it, on one rank: what a run leaves behind, and that it can be continued."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,17 @@ def test_resume_of_a_finished_run_changes_nothing(workshop: Any, farskip_command
     after = weights(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert metrics(tmp_path / "run") == lines
+
+
+def test_a_resumed_run_keeps_its_model(
+    workshop: Any, farskip_command: Command, pretrained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Also a key that the run so far left to transformers' default, which no shape tells."""
+    shutil.copytree(pretrained("deepseek_v3"), tmp_path / "run", symlinks=True)
+    words = workshop.pretrain(tmp_path / "run", "run.resume=true", "model.config.routed_scaling_factor=7")
+    code, _, error = farskip_command(words)
+    assert code == 2 and error.startswith("farskip pretrain: model.config={") and "routed_scaling_factor" in error
+    assert f"the run in {tmp_path / 'run'} has model.config={{" in error and error.count("\n") == 1
 
 
 def test_recompute_changes_nothing_but_rounding(workshop: Any, farskip_command: Command, tmp_path: Path) -> None:

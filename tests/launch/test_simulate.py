@@ -69,6 +69,12 @@ def figures(call: Call, words: list[str]) -> dict[str, Any]:
     return json.loads(out)
 
 
+def test_the_answer_names_the_model(model: str, farskip_command: Call) -> None:
+    assert figures(farskip_command, ["--model", model, *MACHINE])["model"]["name"] == "DeepseekV2ForCausalLM"
+    given = figures(farskip_command, [*HAND, *(word for stage in MOE_TIMES for word in ("--time", f"{stage}=1ms"))])
+    assert given["model"]["name"] == "a model of flags"
+
+
 def test_options_are_frozen() -> None:
     """A new option is a decision: it is added here, in docs/simulate.md and in the changelog."""
     options = {option for action in parser()._actions for option in action.option_strings if option.startswith("--")}
